@@ -1,0 +1,44 @@
+"""Packaging of moe-runtime. Torch is deliberately a range: requirements/install.sh picks the build for the machine."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+CUDA_OR_ROCM = "platform_system == 'Linux'"
+
+setup(
+    name="moe-runtime",
+    version="0.1.0.dev0",
+    description="Mixture-of-Experts models that start from dense checkpoints, on a kernel-backed PyTorch runtime",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["moe_runtime_kernels", "moe_runtime", "moe_runtime.hf", "moe_runtime.demo", "upcycle"],
+    package_dir={"moe_runtime_kernels": "kernels/moe_runtime_kernels"},
+    package_data={
+        "moe_runtime_kernels": ["py.typed"],
+        "moe_runtime": ["py.typed"],
+        "upcycle": ["py.typed", "recipes/*.yaml"],
+    },
+    install_requires=[
+        "numpy>=1.26",
+        "pyyaml>=6",
+        "rich>=13",
+        "safetensors>=0.5",
+        "torch>=2.11",
+        "transformers>=5.17,<6",
+        "typer>=0.15",
+    ],
+    extras_require={
+        "bench": ["pytest-benchmark>=5", "matplotlib>=3.9"],
+        "demo": ["gguf>=0.17", "matplotlib>=3.9"],
+        "dev": ["hypothesis>=6", "mypy>=1.15", "pytest>=8.3", "pytest-timeout>=2.3", "ruff>=0.11", "types-PyYAML"],
+        "flash-attn": ["flash-attn>=2.8"],
+        "gguf": ["gguf>=0.17"],
+        "gpu": [f"triton>=3.6; {CUDA_OR_ROCM}"],
+        "megablocks": ["megablocks>=0.10"],
+        "train": ["accelerate>=1.10", "datasets>=4", "peft>=0.18", "trl>=1"],
+    },
+    entry_points={"console_scripts": ["moe-runtime=moe_runtime.cli:main"]},
+)
