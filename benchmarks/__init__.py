@@ -1,0 +1,1 @@
+"""Speed, memory and FLOPs against dense baselines and peers. Run with `python -m benchmarks`; never installed."""
