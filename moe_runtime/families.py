@@ -1,8 +1,7 @@
 """What a config.json of a known model family means, as a `ModelConfig`. Needs neither torch nor transformers.
 
 Reads the files of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`). Keys that a file
-leaves out have the default of the family's own configuration class; sizes have none, because every writer stores
-them.
+leaves out have the default of the family's own configuration class; sizes have none: every writer stores them.
 """
 
 from collections.abc import Callable, Mapping
@@ -49,7 +48,7 @@ _LENGTH_SCALED_ROPE = ("llama3", "yarn", "longrope")
 
 @dataclass(frozen=True)
 class _Family:
-    """`defaults` of absent keys; `special` makes the fields that only this family sets from the completed keys."""
+    """`defaults` of absent keys; `special` makes the fields that only this family sets."""
 
     special: Callable[[Mapping[str, Any]], dict[str, Any]]
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -187,7 +186,7 @@ def model_config(config_json: Mapping[str, Any]) -> ModelConfig:
     """The model that a config.json describes.
 
     Raises:
-        ValueError: the family is not one of `KNOWN_FAMILIES`, a size is missing, or a value cannot be expressed.
+        ValueError: the family is not one of `KNOWN_FAMILIES`, a size is missing, or a value is unknown.
     """
     family = config_json.get("model_type")
     if family == "moe_runtime":
@@ -214,7 +213,7 @@ def model_config(config_json: Mapping[str, Any]) -> ModelConfig:
 
 
 def _one_name_per_key(config_json: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers reads either name for the number of experts; its versions differ in which one they write."""
+    """transformers reads either name for the number of experts; versions differ in which they write."""
     keys = dict(config_json)
     for name, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
         if name not in config_json and other in config_json:
@@ -255,7 +254,7 @@ def _rope_parameters(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _window(keys: Mapping[str, Any], slides: list[bool]) -> dict[str, Any]:
-    """Sliding window and layer types of a Qwen model; `slides`: the layers that slide when the file is silent."""
+    """Sliding window and layer types of a Qwen model; `slides` counts when the file is silent."""
     window = keys["sliding_window"] if keys["use_sliding_window"] else None
     types = keys.get("layer_types")
     if types is None:
