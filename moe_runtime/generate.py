@@ -110,8 +110,8 @@ def generate_text(
         on_text: called with each piece of text as it comes; the pieces join to the continuation.
 
     Raises:
-        ValueError: the prompt has no tokens, or does not fit the model with its continuation; `temperature` is
-            negative.
+        ValueError: the prompt has no tokens, or is too long for the model with its continuation, or
+            `temperature` is negative.
     """
     if temperature < 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}")

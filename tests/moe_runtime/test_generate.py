@@ -127,7 +127,7 @@ def test_text_errors_name_the_argument(model, tokenizer):
 
 @pytest.mark.parametrize("static", [False, True])
 def test_latency_times_each_forward_pass(model, monkeypatch, static):
-    """With a clock that ticks once per reading every time is one tick; shapes are of prefill, then decoding."""
+    """With a clock that ticks once per reading every time is one tick; shapes are prefill, then decoding."""
     ticks = iter(range(10**6))
     monkeypatch.setattr(generate.time, "perf_counter", lambda: float(next(ticks)))
     shapes, cache_types = [], set()
