@@ -1,1 +1,36 @@
-"""Mixture-of-Experts models that start from dense checkpoints, on a kernel-backed PyTorch runtime."""
+"""Mixture-of-Experts models that start from dense checkpoints, on a kernel-backed PyTorch runtime.
+
+Names are loaded when first used, so that `import moe_runtime.config` needs no torch.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "AttentionConfig": "config",
+    "BlockConfig": "config",
+    "FeedForwardConfig": "config",
+    "ModelConfig": "config",
+    "RouterConfig": "config",
+    "Block": "layers",
+    "DenseFeedForward": "layers",
+    "Experts": "layers",
+    "MixtureOfAttention": "layers",
+    "MoEFeedForward": "layers",
+    "SoftRouter": "layers",
+    "TopKRouter": "layers",
+    "load_balancing_loss": "layers",
+    "mean_gate_balance_loss": "layers",
+    "z_loss": "layers",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

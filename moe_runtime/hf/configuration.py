@@ -1,0 +1,62 @@
+"""The configuration of the causal LM as transformers knows it: the fields of `ModelConfig` in a config.json."""
+
+from dataclasses import MISSING, fields
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from moe_runtime.config import ModelConfig
+from moe_runtime.publishing import MODEL_TYPE
+
+
+class MoeRuntimeConfig(PreTrainedConfig):
+    """Every field of `moe_runtime.config.ModelConfig`, under its name and with its default, plus transformers' own.
+
+    The values are checked by building the `ModelConfig` they describe. `layer_types` is always a list here, because
+    transformers chooses masks and caches by it. `output_router_logits` exists where there are experts: trainers
+    take its presence as the sign of a Mixture of Experts.
+
+    Raises:
+        ValueError: naming the field, what it must be and what it was.
+    """
+
+    model_type = MODEL_TYPE
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "aux_loss",
+        "z_loss",
+        "router_logits",
+        "expert_count",
+    ]
+    has_no_defaults_at_init: ClassVar[bool] = True  # read by transformers before 5.18
+
+    # mypy and readers: the fields of ModelConfig are set in __post_init__, from one source
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for field in fields(ModelConfig):
+            default = field.default_factory() if field.default_factory is not MISSING else field.default
+            value = kwargs.pop(field.name, default)
+            if value is MISSING:
+                raise ValueError(f"{field.name} must be given in a {type(self).__name__}, it has no default")
+            setattr(self, field.name, value)
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
+        if self.num_experts > 0:
+            self.output_router_logits = kwargs.pop("output_router_logits", False)
+        super().__post_init__(**kwargs)
+        self.model_config()
+
+    def model_config(self) -> ModelConfig:
+        """The checked description that the layers are built from. Raises ValueError where a field is wrong."""
+        return ModelConfig.from_dict({field.name: getattr(self, field.name) for field in fields(ModelConfig)})
+
+    @classmethod
+    def from_model_config(cls, config: ModelConfig, **kwargs: Any) -> "MoeRuntimeConfig":
+        """The configuration of a description; `kwargs` are transformers' own fields, such as `eos_token_id`."""
+        return cls(**config.to_dict(), **kwargs)

@@ -1,0 +1,410 @@
+"""The causal LM as an ordinary transformers model: dense, Mixture of Experts, or with mixtures of attention.
+
+The layers come from `moe_runtime` by absolute import, so that a published copy of this file works wherever the
+package is installed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from moe_runtime.attention import MixtureProjection, Rotary
+from moe_runtime.block import Block, BlockOutput
+from moe_runtime.experts import Experts
+from moe_runtime.norms import make_norm
+from moe_runtime.publishing import AUTO_MAP
+from moe_runtime.routers import SoftRouter, TopKRouter
+
+from .configuration import MoeRuntimeConfig
+
+MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+
+
+# --- outputs ---
+
+
+@dataclass
+class MoeRuntimeModelOutput(ModelOutput):
+    """`aux_loss` and `z_loss` are sums over the MoE layers, `expert_count` [MoE layers, E] int32; padding excluded.
+
+    The three are None in a model without experts.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    expert_count: Tensor | None = None
+
+
+@dataclass
+class MoeRuntimeCausalLMOutput(ModelOutput):
+    """As `MoeRuntimeModelOutput`; in training `loss` contains both auxiliary losses, times their coefficients."""
+
+    loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    expert_count: Tensor | None = None
+
+
+# --- attention, by transformers' rules ---
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention in plain matrix products, which also returns the weights [B, heads, L, keys]."""
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class MoeRuntimeAttention(nn.Module):
+    """The attention call of one layer: its cache, and the kernel that `config._attn_implementation` names.
+
+    It owns no parameters: it is the `attend` of a MixtureOfAttention, which projects for all attention experts.
+    """
+
+    def __init__(self, config: MoeRuntimeConfig, layer_idx: int) -> None:
+        super().__init__()
+        attention = config.model_config().attention_config(layer_idx)
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = attention.head_dim
+        self.num_key_value_groups = attention.total_heads // attention.total_kv_heads
+        self.scaling = attention.head_dim**-0.5
+        self.sliding_window = attention.sliding_window
+        self.is_causal = True
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """query [B, heads, L, P], key and value [B, kv heads, L, P] -> [B, L, heads, P], and weights if eager."""
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        return attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+
+
+class MoeRuntimeRotaryEmbedding(nn.Module):
+    """cos and sin [B, L, R] of every position, float32, for any RoPE type of transformers and for partial rotation."""
+
+    inv_freq: Tensor
+    original_inv_freq: Tensor
+
+    def __init__(self, config: MoeRuntimeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(
+        config: MoeRuntimeConfig, device: torch.device | None = None, **kwargs: Any
+    ) -> tuple[Tensor, float]:
+        """theta^(-2r / rotated width), and no scaling of the attention. transformers calls it by this name."""
+        rope = config.rope_parameters
+        width = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
+        pair_R = torch.arange(0, width, 2, device=device, dtype=torch.float32)
+        return rope["rope_theta"] ** (-pair_R / width), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> Rotary:
+        angle_BLR = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float32)
+        return angle_BLR.cos() * self.attention_scaling, angle_BLR.sin() * self.attention_scaling
+
+
+# Inherits Block, so that the checkpoint's keys have no extra level.
+class MoeRuntimeDecoderLayer(Block, GradientCheckpointingLayer):
+    """A Block that attends by transformers' rules and can be checkpointed."""
+
+    def __init__(self, config: MoeRuntimeConfig, layer_idx: int) -> None:
+        super().__init__(
+            config.model_config().block_config(layer_idx), MoeRuntimeAttention(config, layer_idx)
+        )
+
+
+# --- models ---
+
+
+class MoeRuntimePreTrainedModel(PreTrainedModel):
+    """What the base model and the head share: what transformers may do with them, initialisation, publishing."""
+
+    config: MoeRuntimeConfig
+    config_class = MoeRuntimeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["MoeRuntimeDecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["selection_bias"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "router_logits": OutputRecorder(TopKRouter, index=0),
+        "hidden_states": OutputRecorder(MoeRuntimeDecoderLayer, index=0),
+        "attentions": OutputRecorder(MoeRuntimeAttention, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, TopKRouter | SoftRouter | MixtureProjection):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, Experts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        zeros = {
+            TopKRouter: ["selection_bias"],
+            MixtureProjection: ["bias"],
+            Experts: ["gate_up_bias", "down_bias"],
+        }
+        for name in zeros.get(type(module), ()):
+            if getattr(module, name) is not None:
+                init.zeros_(getattr(module, name))
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """As transformers', and ready to publish: this code is copied along and named in config.json's `auto_map`."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class MoeRuntimeModel(MoeRuntimePreTrainedModel):
+    """Embeddings, layers and the last norm; no head."""
+
+    def __init__(self, config: MoeRuntimeConfig) -> None:
+        super().__init__(config)
+        described = config.model_config()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            MoeRuntimeDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = make_norm(
+            described.norm, described.hidden_size, eps=described.norm_eps, bias=described.norm_bias
+        )
+        self.rotary_emb = MoeRuntimeRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeRuntimeModelOutput:
+        """Hidden states of token ids, or of embeddings, [B, L, D].
+
+        Raises:
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            given = "neither" if input_ids is None else "both"
+            raise ValueError(f"exactly one of input_ids and inputs_embeds must be given, got {given}")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        L = inputs_embeds.shape[1]
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(L, device=inputs_embeds.device) + seen).unsqueeze(0)
+        mask_by_type = attention_mask
+        if not isinstance(attention_mask, dict):  # generate() may have made the masks already
+            mask_by_type = {
+                kind: MASKS[kind](
+                    config=self.config,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    position_ids=position_ids,
+                )
+                for kind in set(self.config.layer_types)
+            }
+        x_BLD = inputs_embeds
+        rotary = self.rotary_emb(x_BLD, position_ids=position_ids)
+        token_mask_BL = _token_mask(attention_mask, L)
+        outputs: list[BlockOutput] = []
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            # by position: reentrant checkpointing follows gradients of positional arguments only, and turns a
+            # named tuple into a plain one
+            output = layer(
+                x_BLD,
+                rotary,
+                token_mask_BL,
+                attention_mask=mask_by_type[kind],
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            x_BLD = output[0]
+            outputs.append(BlockOutput(*output))
+        return MoeRuntimeModelOutput(
+            last_hidden_state=self.norm(x_BLD),
+            past_key_values=past_key_values,
+            **_summed_over_layers(outputs),
+        )
+
+
+class MoeRuntimeForCausalLM(MoeRuntimePreTrainedModel, GenerationMixin):
+    """The language model: `MoeRuntimeModel` and a head without bias."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MoeRuntimeConfig) -> None:
+        super().__init__(config)
+        self.model = MoeRuntimeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeRuntimeCausalLMOutput:
+        """Logits [B, L, V] of the last `logits_to_keep` positions (0: all), and the loss if labels are given.
+
+        loss = NLL, and in training NLL + router_aux_loss_coef · Σ balance + router_z_loss_coef · Σ z over layers.
+        With `num_items_in_batch` (the labels of a whole accumulated batch) each micro-batch adds its share of both,
+        so that their sum over micro-batches is the mean over the batch. Other arguments: see `MoeRuntimeModel`.
+        """
+        outputs = self.model(input_ids, attention_mask, **kwargs)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+            if self.training and outputs.aux_loss is not None:
+                loss = loss + self._auxiliary_loss(outputs, labels, **kwargs).to(loss.device)
+        return MoeRuntimeCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
+        )
+
+    def _auxiliary_loss(
+        self,
+        outputs: MoeRuntimeModelOutput,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        loss = (
+            self.config.router_aux_loss_coef * outputs.aux_loss
+            + self.config.router_z_loss_coef * outputs.z_loss
+        )
+        if num_items_in_batch is None:
+            return loss
+        predicted = labels[:, 1:] if shift_labels is None else shift_labels
+        share = (predicted != -100).sum() / num_items_in_batch
+        return loss * share.to(loss.device)
+
+    @torch.no_grad()
+    def update_selection_bias(self, expert_count: Tensor, gamma: float = 1e-3) -> None:
+        """Balance the experts without an auxiliary loss: call it after each optimiser step.
+
+        Args:
+            expert_count: the output's `expert_count` [MoE layers, E], summed over micro-batches and devices.
+            gamma: step of each bias, see `TopKRouter.update_selection_bias`.
+        """
+        routers = [module for module in self.modules() if isinstance(module, TopKRouter)]
+        for router, count_E in zip(routers, expert_count, strict=True):
+            router.update_selection_bias(count_E, gamma)
+
+
+def _token_mask(attention_mask: Any, L: int) -> Tensor | None:
+    """False for padding among the last L tokens; None where the mask does not say (none given, or made already)."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -L:].bool()
+
+
+def _summed_over_layers(outputs: list[BlockOutput]) -> dict[str, Tensor]:
+    moe = [output for output in outputs if output.count_E is not None]
+    if not moe:
+        return {}
+    device = moe[0].count_E.device  # layers may lie on several
+    return {
+        "aux_loss": torch.stack([output.balance_loss.to(device) for output in moe]).sum(),
+        "z_loss": torch.stack([output.z_loss.to(device) for output in moe]).sum(),
+        "expert_count": torch.stack([output.count_E.to(device) for output in moe]),
+    }
+
+
+# Lets save_pretrained copy this code; a published copy runs this too, so that it can be saved again.
+MoeRuntimeConfig.register_for_auto_class()
+MoeRuntimeModel.register_for_auto_class("AutoModel")
+MoeRuntimeForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,28 @@
+"""The layers, each usable alone in any PyTorch model."""
+
+from moe_runtime.attention import CausalAttention, MixtureOfAttention, rotary_tables
+from moe_runtime.block import Block, BlockOutput
+from moe_runtime.experts import Experts
+from moe_runtime.feed_forward import DenseFeedForward, MoEFeedForward
+from moe_runtime.losses import load_balancing_loss, mean_gate_balance_loss, z_loss
+from moe_runtime.norms import LayerNorm, RMSNorm
+from moe_runtime.routers import Routing, SoftRouter, TopKRouter
+
+__all__ = [
+    "Block",
+    "BlockOutput",
+    "CausalAttention",
+    "DenseFeedForward",
+    "Experts",
+    "LayerNorm",
+    "MixtureOfAttention",
+    "MoEFeedForward",
+    "RMSNorm",
+    "Routing",
+    "SoftRouter",
+    "TopKRouter",
+    "load_balancing_loss",
+    "mean_gate_balance_loss",
+    "rotary_tables",
+    "z_loss",
+]

@@ -1,0 +1,51 @@
+"""RMSNorm and LayerNorm over the last axis, with the weight a layer or each head of a layer owns.
+
+Both compute in float32 whatever the input's dtype, and return the input's dtype.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_runtime.config import Norm
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight. `shape` is (D,), or (heads, P) for one row of weights per head."""
+
+    def __init__(self, *shape: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) · weight, plus a bias if asked; `shape` as in RMSNorm. Cohere has no bias."""
+
+    def __init__(self, *shape: int, eps: float, bias: bool = False) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}, bias={self.bias is not None}"
+
+
+def make_norm(kind: Norm, *shape: int, eps: float, bias: bool = False) -> RMSNorm | LayerNorm:
+    """The norm of that kind. Raises ValueError if an RMSNorm is asked for a bias, which it does not have."""
+    if kind == "layer_norm":
+        return LayerNorm(*shape, eps=eps, bias=bias)
+    if bias:
+        raise ValueError("norm_bias must be False with norm 'rms_norm', which has no bias; got True")
+    return RMSNorm(*shape, eps=eps)

@@ -1,0 +1,146 @@
+"""Routers: which experts a token goes to, and with which weight. Arithmetic is float32 whatever the model's dtype."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from moe_runtime_kernels import route_topk
+from torch import Tensor, nn
+
+from moe_runtime.config import RouterConfig
+
+INITIAL_STD = 0.02  # never zero: equal scores would send every token to the same experts
+
+
+class Routing(NamedTuple):
+    """What a router decided. Float tensors are float32 (float64 for float64 input), integers int32."""
+
+    logits_TE: Tensor
+    weight_TK: Tensor  # gate of each chosen expert
+    expert_TK: Tensor  # the K chosen experts, ties to the lowest index
+    count_E: Tensor  # tokens that chose each expert, padding not counted
+    balance_loss: Tensor  # scalar, 1 when balanced
+    z_loss: Tensor  # scalar
+
+
+class TopKRouter(nn.Module):
+    """Each token chooses its K best experts of E by a linear score.
+
+    `selection_bias` is added to scores for the choice only and learns by no gradient: see `update_selection_bias`.
+    """
+
+    selection_bias: Tensor | None
+
+    def __init__(self, config: RouterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.register_buffer(
+            "selection_bias", torch.zeros(config.num_experts) if config.selection_bias else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=INITIAL_STD)
+
+    def forward(self, x_TD: Tensor, token_mask_T: Tensor | None = None) -> Routing:
+        """Route tokens; those whose `token_mask_T` is False are routed too, but count in no statistic and no loss.
+
+        Raises:
+            ValueError: in training, if the gate is constant and the language-model loss could never train the router.
+        """
+        config = self.config
+        constant_gate = config.gate == "renorm" and config.experts_per_token == 1
+        if constant_gate and not config.aux_only and _trains(self):
+            raise ValueError(
+                "gate must not be 'renorm' with experts_per_token = 1 in training: the gate is always 1 and the loss "
+                "never reaches the router; use 'straight_through' or 'raw', or set aux_only=True to train the router "
+                "by its auxiliary losses alone"
+            )
+        logits_TE = _float32_logits(x_TD, self.weight)
+        chosen = route_topk(
+            logits_TE,
+            config.experts_per_token,
+            score=config.score,
+            gate=config.gate,
+            scale=config.scale,
+            bias_E=None if self.selection_bias is None else self.selection_bias.to(logits_TE.dtype),
+            num_groups=config.num_groups,
+            groups_kept=config.groups_kept,
+            group_score=config.group_score,
+            token_mask_T=token_mask_T,
+        )
+        return Routing(logits_TE, *chosen)
+
+    @torch.no_grad()
+    def update_selection_bias(self, count_E: Tensor, gamma: float = 1e-3) -> None:
+        """Move the bias by gamma towards experts with less than the mean load. Call it after each optimiser step.
+
+        b_e += gamma · sign(mean(count) - count_e), the auxiliary-loss-free balancing of DeepSeek-V3.
+
+        Args:
+            count_E: tokens that chose each expert in the step, summed over micro-batches and devices.
+
+        Raises:
+            ValueError: if the router was configured without a selection bias.
+        """
+        if self.selection_bias is None:
+            raise ValueError("selection_bias must be True in the RouterConfig to be updated, got False")
+        load_E = count_E.to(self.selection_bias)
+        self.selection_bias += gamma * torch.sign(load_E.mean() - load_E)
+
+    def extra_repr(self) -> str:
+        config = self.config
+        return f"{config.num_experts} experts, {config.experts_per_token} per token, {config.score}, {config.gate}"
+
+
+class SoftRouter(nn.Module):
+    """A weight for every expert: softmax over all of them, or its `top_k` largest entries with zeros elsewhere."""
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, *, top_k: int | None = None, renormalise: bool = False
+    ) -> None:
+        super().__init__()
+        if top_k is not None and not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k must be between 1 and num_experts ({num_experts}), got {top_k}")
+        self.top_k = top_k
+        self.renormalise = renormalise
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=INITIAL_STD)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """gate_TA, float32 (float64 for float64 input); rows sum to 1 unless a top-k is not renormalised.
+
+        Raises:
+            ValueError: in training, if top_k = 1 is renormalised: the constant gate 1 would never train the router.
+        """
+        if self.top_k == 1 and self.renormalise and _trains(self):
+            raise ValueError(
+                "renormalise must be False with top_k = 1 in training: the gate is always 1 and the loss never "
+                "reaches the router"
+            )
+        gate_TA = _float32_logits(x_TD, self.weight).softmax(dim=-1)
+        if self.top_k is None:
+            return gate_TA
+        # a stable sort, because topk leaves open which of two equal entries it returns
+        order_TA = gate_TA.detach().sort(dim=-1, descending=True, stable=True).indices
+        kept_TA = torch.zeros_like(gate_TA).scatter(1, order_TA[:, : self.top_k], 1.0)
+        gate_TA = gate_TA * kept_TA
+        return gate_TA / gate_TA.sum(dim=-1, keepdim=True) if self.renormalise else gate_TA
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]} experts, top_k={self.top_k}, renormalise={self.renormalise}"
+
+
+def _trains(router: TopKRouter | SoftRouter) -> bool:
+    return router.training and torch.is_grad_enabled() and router.weight.requires_grad
+
+
+def _float32_logits(x_TD: Tensor, weight: Tensor) -> Tensor:
+    """x · weightᵀ in at least float32: autocast is off, because bfloat16 logits would flip close choices."""
+    dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    with torch.autocast(x_TD.device.type, enabled=False):
+        return F.linear(x_TD.to(dtype), weight.to(dtype))
