@@ -1,1 +1,23 @@
 """Operations of moe_runtime, each with a PyTorch reference that is also its CPU path."""
+
+from .attention_mix import attention_mix
+from .combine import combine
+from .expert_ffn import expert_ffn
+from .grouped_gemm import gathered_grouped_gemm, grouped_gemm
+from .permute import gather_rows, scatter_rows
+from .plan import RoutingPlan, make_plan
+from .route import RouteTopK, route_topk
+
+__all__ = [
+    "RouteTopK",
+    "RoutingPlan",
+    "attention_mix",
+    "combine",
+    "expert_ffn",
+    "gather_rows",
+    "gathered_grouped_gemm",
+    "grouped_gemm",
+    "make_plan",
+    "route_topk",
+    "scatter_rows",
+]

@@ -1,0 +1,49 @@
+"""Checks of arguments; every message names the operation, the argument, what it must be and what it was."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def check_dims(op: str, name: str, tensor: Tensor, letters: str) -> None:
+    """`tensor` has one axis per letter of e.g. "(T, D)"."""
+    dims = letters.count(",") + (not letters.endswith(",)"))
+    if tensor.dim() != dims:
+        raise ValueError(f"{op}: {name} must have {dims} axes {letters}, got shape {tuple(tensor.shape)}")
+
+
+def check_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int], letters: str) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"{op}: {name} must have shape {letters} = {tuple(shape)}, got {tuple(tensor.shape)}"
+        )
+
+
+def check_dtype(op: str, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    if tensor.dtype not in dtypes:
+        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{op}: {name} must be {allowed}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} must be on {device} like the first argument, got {tensor.device}")
+
+
+def check_same(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """`tensor` has the dtype and the device of `like`."""
+    if tensor.dtype != like.dtype:
+        raise ValueError(
+            f"{op}: {name} must have the dtype of {like_name}, {str(like.dtype).removeprefix('torch.')}, got "
+            f"{str(tensor.dtype).removeprefix('torch.')}"
+        )
+    check_device(op, name, tensor, like.device)
+
+
+def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -1,0 +1,284 @@
+"""expert_ffn: gather -> gate_up -> activation -> down -> combine, as one differentiable operation.
+
+    h[n] = x[token[n]] @ gate_up[e].T + gate_up_bias[e]        for the rows n of expert e
+    a[n] = act(h[n, :F]) * h[n, F:]   gated,    act(h[n])   otherwise
+    y[t] = residual[t] + sum over k of weight[t, k] * (a[row[t, k]] @ down[e].T + down_bias[e])
+
+Backward keeps x, h and the plan, nothing of size N * D. With g[n] = dy[token[n]] and w[n] the gate of row n:
+
+    da'[n] = g[n] @ down[e]                           dh[n] = w[n] * da'[n] * da/dh
+    dweight = <da'[n], a[n]> + <g[n], down_bias[e]>   dx[t] = sum over k of dh[n] @ gate_up[e], n = row[t, k]
+    ddown[e] = sum of g[n]^T (w[n] a[n])              dgate_up[e] = sum of dh[n]^T x[token[n]]
+    ddown_bias[e] = sum of w[n] g[n]                  dgate_up_bias[e] = sum of dh[n]
+
+Products take the storage dtype in and sum in float32; activations, gates and sums over choices are float32.
+The identity for dweight and the set of saved tensors follow SonicMoE (Guo et al. 2025).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from ._checks import FLOATS, check_choice, check_dims, check_dtype, check_same, check_shape
+from ._dispatch import accumulator, cast_for_autocast, register_reference
+from .combine import check_gates, combine_reference
+from .grouped_gemm import (
+    bias_grad_reference,
+    gathered_weight_grad_reference,
+    grouped_gemm_reference,
+    input_grad_reference,
+    weight_grad_reference,
+)
+from .permute import gather_rows_reference, scatter_rows_reference
+from .plan import RoutingPlan, check_plan
+
+# --- contract: schema and output shapes, known before any graph is captured -------------
+
+torch.library.define(
+    "moe_runtime::expert_ffn",
+    "(Tensor x, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, Tensor weight,"
+    " Tensor? residual, Tensor row, Tensor token, Tensor slot, Tensor offset, str activation, bool keep_h)"
+    " -> (Tensor y, Tensor h)",
+)
+# `needs` says which of the six gradients are wanted; one that is not has 0 elements
+torch.library.define(
+    "moe_runtime::expert_ffn_backward",
+    "(Tensor grad_out, Tensor x, Tensor gate_up, Tensor down, Tensor? down_bias, Tensor weight, Tensor row,"
+    " Tensor token, Tensor slot, Tensor offset, Tensor h, str activation, bool[] needs)"
+    " -> (Tensor dx, Tensor dgate_up, Tensor ddown, Tensor dgate_up_bias, Tensor ddown_bias, Tensor dweight)",
+)
+_expert_ffn = torch.ops.moe_runtime.expert_ffn.default
+_expert_ffn_backward = torch.ops.moe_runtime.expert_ffn_backward.default
+
+
+@torch.library.register_fake("moe_runtime::expert_ffn")
+def _(x, gate_up, *rest):
+    residual, _, token, *_, keep_h = rest[4:]
+    y = (x if residual is None else residual).new_empty(x.shape)
+    return y, x.new_empty(token.shape[0] if keep_h else 0, gate_up.shape[1])
+
+
+@torch.library.register_fake("moe_runtime::expert_ffn_backward")
+def _(grad_out, x, gate_up, down, down_bias, weight, *rest):
+    needs = rest[-1]
+    shapes = (x.shape, gate_up.shape, down.shape, gate_up.shape[:2], down.shape[:2])
+    grads = (x.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs[:5], strict=True))
+    return *grads, weight.new_empty(weight.shape if needs[5] else (0,))
+
+
+# --- reference: the definition, in the plainest PyTorch; also the CPU path --------------
+
+_aten = torch.ops.aten
+# name: (value of h, gradient in h of <grad, value>)
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (functional.silu, _aten.silu_backward.default),
+    "gelu": (functional.gelu, _aten.gelu_backward.default),
+    "gelu_tanh": (
+        lambda h: functional.gelu(h, approximate="tanh"),
+        lambda grad, h: _aten.gelu_backward.default(grad, h, approximate="tanh"),
+    ),
+    "relu": (functional.relu, lambda grad, h: grad * (h > 0)),
+    "relu2": (lambda h: functional.relu(h).square(), lambda grad, h: grad * 2 * functional.relu(h)),
+}
+
+
+def _activate(h_NG: Tensor, F: int, activation: str) -> Tensor:
+    """a_NF of h_NG: the activation of h, or with G = 2F of its first half, times its second half."""
+    act, _ = ACTIVATIONS[activation]
+    return act(h_NG) if h_NG.shape[1] == F else act(h_NG[:, :F]) * h_NG[:, F:]
+
+
+def _activate_backward(da_NF: Tensor, h_NG: Tensor, activation: str) -> Tensor:
+    act, act_grad = ACTIVATIONS[activation]
+    F = da_NF.shape[1]
+    if h_NG.shape[1] == F:
+        return act_grad(da_NF, h_NG)
+    gate_NF, up_NF = h_NG[:, :F], h_NG[:, F:]
+    return torch.cat([act_grad(da_NF * up_NF, gate_NF), da_NF * act(gate_NF)], dim=1)
+
+
+@register_reference("moe_runtime::expert_ffn")
+def expert_ffn_reference(  # noqa: PLR0913 - the operation's own arguments, in its schema's order
+    x_TD: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    gate_up_bias_EG: Tensor | None,
+    down_bias_ED: Tensor | None,
+    weight_TK: Tensor,
+    residual_TD: Tensor | None,
+    row_TK: Tensor,
+    token_N: Tensor,
+    slot_N: Tensor,
+    offset_E: Tensor,
+    activation: str,
+    keep_h: bool,
+) -> tuple[Tensor, Tensor]:
+    x_ND = gather_rows_reference(x_TD, token_N)
+    h_NG = grouped_gemm_reference(x_ND, gate_up_EGD, offset_E, gate_up_bias_EG)
+    a_NF = _activate(h_NG.to(accumulator(h_NG.dtype)), down_EDF.shape[2], activation).to(x_TD.dtype)
+    y_ND = grouped_gemm_reference(a_NF, down_EDF, offset_E, down_bias_ED)
+    y_TD = combine_reference(y_ND, weight_TK, row_TK, residual_TD)
+    return y_TD, h_NG if keep_h else h_NG.new_empty(0, h_NG.shape[1])
+
+
+@register_reference("moe_runtime::expert_ffn_backward")
+def expert_ffn_backward_reference(  # noqa: PLR0913 - the operation's own arguments, in its schema's order
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    down_bias_ED: Tensor | None,
+    weight_TK: Tensor,
+    row_TK: Tensor,
+    token_N: Tensor,
+    slot_N: Tensor,
+    offset_E: Tensor,
+    h_NG: Tensor,
+    activation: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    needs_x, needs_gate_up, needs_down, needs_gate_up_bias, needs_down_bias, needs_weight = needs
+    dtype, acc = x_TD.dtype, accumulator(x_TD.dtype)
+    dx, dgate_up, ddown, dgate_up_bias, ddown_bias = (x_TD.new_empty(0) for _ in range(5))
+    dweight = weight_TK.new_empty(0)
+
+    grad_ND = gather_rows_reference(grad_TD.to(dtype), token_N)
+    weight_N1 = gather_rows_reference(weight_TK.reshape(-1, 1).to(acc), slot_N)
+    wide_NG = h_NG.to(acc)
+    if needs_weight or needs_down:
+        a_NF = _activate(wide_NG, down_EDF.shape[2], activation)
+    if needs_down:
+        ddown = weight_grad_reference(grad_ND, (weight_N1 * a_NF).to(dtype), offset_E)
+    if needs_down_bias:
+        ddown_bias = bias_grad_reference(weight_N1 * grad_ND.to(acc), offset_E).to(dtype)
+    if needs_weight or needs_x or needs_gate_up or needs_gate_up_bias:
+        da_NF = input_grad_reference(grad_ND, down_EDF, offset_E).to(acc)
+    if needs_weight:
+        dweight_N = (da_NF * a_NF).sum(1) + _bias_product(grad_ND, down_bias_ED, offset_E)
+        dweight = gather_rows_reference(dweight_N[:, None], row_TK.flatten()).view_as(row_TK)
+        dweight = dweight.to(weight_TK.dtype)
+    if needs_x or needs_gate_up or needs_gate_up_bias:
+        dh_NG = _activate_backward(weight_N1 * da_NF, wide_NG, activation).to(dtype)
+    if needs_gate_up:
+        dgate_up = gathered_weight_grad_reference(dh_NG, x_TD, token_N, offset_E)
+    if needs_gate_up_bias:
+        dgate_up_bias = bias_grad_reference(dh_NG, offset_E)
+    if needs_x:
+        dx = scatter_rows_reference(input_grad_reference(dh_NG, gate_up_EGD, offset_E), row_TK)
+    return dx, dgate_up, ddown, dgate_up_bias, ddown_bias, dweight
+
+
+def _bias_product(grad_ND: Tensor, bias_ED: Tensor | None, offset_E: Tensor) -> Tensor:
+    """<grad[n], bias[e]> for the rows of each expert; grad is zero in rows past the last expert's."""
+    acc = accumulator(grad_ND.dtype)
+    if bias_ED is None:
+        return torch.zeros(grad_ND.shape[0], dtype=acc, device=grad_ND.device)
+    row_N = torch.arange(grad_ND.shape[0], dtype=torch.int32, device=grad_ND.device)
+    expert_N = torch.searchsorted(offset_E, row_N, right=True).clamp(max=bias_ED.shape[0] - 1)
+    return (grad_ND.to(acc) * bias_ED[expert_N].to(acc)).sum(1)
+
+
+# --- autograd and the public function ---------------------------------------------------
+
+
+class _ExpertFFN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, gate_up, down, _, down_bias, weight, _, row, token, slot, offset, activation = inputs
+        # a gradient for the residual alone needs nothing from inside
+        keep_h = any(ctx.needs_input_grad[:6])
+        y, h = _expert_ffn(*inputs, keep_h)
+        if keep_h:
+            ctx.save_for_backward(x, gate_up, down, down_bias, weight, row, token, slot, offset, h)
+            ctx.activation = activation
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        grad_out = grad_out.contiguous()
+        dresidual = grad_out if ctx.needs_input_grad[6] else None
+        # order of the inputs: x, gate_up, down, gate_up_bias, down_bias, weight, residual, then the plan
+        needs = list(ctx.needs_input_grad[:6])
+        if not any(needs):
+            return (None,) * 6 + (dresidual,) + (None,) * 5
+        grads = _expert_ffn_backward(grad_out, *ctx.saved_tensors, ctx.activation, needs)
+        wanted = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+        return (*wanted, dresidual) + (None,) * 5
+
+
+def expert_ffn(  # noqa: PLR0913 - a whole layer: its weights, its routing, its residual
+    x_TD: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    weight_TK: Tensor,
+    plan: RoutingPlan,
+    *,
+    activation: str = "silu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    residual_TD: Tensor | None = None,
+) -> Tensor:
+    """Every token through its K experts, weighted, summed, plus the residual.
+
+    Args:
+        x_TD: tokens, bf16, fp16, fp32 or fp64.
+        gate_up_proj: [E, 2F, D], the gate's rows first, or [E, F, D] for experts without a gate; x's dtype.
+        down_proj: [E, D, F], x's dtype; F decides whether the experts are gated.
+        weight_TK: gate of each (token, choice); any float dtype, float32 from `route_topk`.
+        plan: from `make_plan`, for the same T, K and E.
+        activation: "silu", "gelu" (exact), "gelu_tanh", "relu" or "relu2" (squared ReLU).
+        gate_up_bias: [E, 2F] or [E, F], x's dtype.
+        down_bias: [E, D], x's dtype; weighted by the gate like the rest of the expert's output.
+        residual_TD: added in float32 before the one rounding; any float dtype.
+
+    Returns:
+        y_TD in the residual's dtype, or without one in x's (autocast's where that is on).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or names are wrong. Non-contiguous tensors are copied first.
+    """
+    x_TD, *parameters = cast_for_autocast(x_TD, gate_up_proj, down_proj, gate_up_bias, down_bias)
+    _check_operands(x_TD, *parameters)
+    check_choice("expert_ffn", "activation", activation, tuple(ACTIVATIONS))
+    T, K = check_plan("expert_ffn", plan, x_TD.device)
+    E, D = down_proj.shape[:2]
+    check_shape("expert_ffn", "x", x_TD, (T, D), "(T, D)")
+    check_shape("expert_ffn", "plan.offset_E", plan.offset_E, (E,), "(E,)")
+    check_gates("expert_ffn", weight_TK, residual_TD, (T, K, D), x_TD.device)
+    operands = (x_TD, *parameters, weight_TK, residual_TD)
+    operands = tuple(None if tensor is None else tensor.contiguous() for tensor in operands)
+    differentiable = any(tensor is not None and tensor.requires_grad for tensor in operands)
+    if torch.is_grad_enabled() and differentiable:
+        return _ExpertFFN.apply(*operands, *plan, activation)
+    y_TD, _ = _expert_ffn(*operands, *plan, activation, False)
+    return y_TD
+
+
+def _check_operands(
+    x_TD: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None
+) -> None:
+    op = "expert_ffn"
+    check_dims(op, "x", x_TD, "(T, D)")
+    check_dtype(op, "x", x_TD, FLOATS)
+    check_dims(op, "down_proj", down, "(E, D, F)")
+    check_dims(op, "gate_up_proj", gate_up, "(E, 2F, D)")
+    E, D, F = down.shape
+    G = gate_up.shape[1]
+    if gate_up.shape != (E, G, D) or G not in (F, 2 * F):
+        raise ValueError(
+            f"{op}: gate_up_proj must have shape (E, 2F, D) = {(E, 2 * F, D)}, or (E, F, D) without a gate, "
+            f"as down_proj (E, D, F) = {(E, D, F)} says, got {tuple(gate_up.shape)}"
+        )
+    for name, tensor, shape, letters in (
+        ("gate_up_proj", gate_up, (E, G, D), "(E, G, D)"),
+        ("down_proj", down, (E, D, F), "(E, D, F)"),
+        ("gate_up_bias", gate_up_bias, (E, G), "(E, G)"),
+        ("down_bias", down_bias, (E, D), "(E, D)"),
+    ):
+        if tensor is not None:
+            check_shape(op, name, tensor, shape, letters)
+            check_same(op, name, tensor, "x", x_TD)

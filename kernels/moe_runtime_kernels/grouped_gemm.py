@@ -1,0 +1,251 @@
+"""grouped_gemm: rows times their expert's matrix.
+
+    y[n] = x[n] @ weight[e].T + bias[e]     for the rows n of expert e; rows past the last expert's are zero
+
+gathered_grouped_gemm reads x[token[n]] instead of x[n], so that no gathered copy is kept for backward.
+
+Gradients, over the rows n of expert e:
+
+    dx[n] = dy[n] @ weight[e]      dweight[e] = sum of dy[n]^T x[n]      dbias[e] = sum of dy[n]
+
+Products take the storage dtype in and sum in float32. Each gradient is an operation of its own, so that one
+that nobody asked for costs nothing. Experts without rows get gradients of zero.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import FLOATS, check_dims, check_dtype, check_same, check_shape
+from ._dispatch import accumulator, cast_for_autocast, register_reference
+from .permute import gather_rows_reference, scatter_rows_op
+from .plan import RoutingPlan, check_plan
+
+# --- contract: schema and output shape, known before any graph is captured --------------
+
+torch.library.define(
+    "moe_runtime::grouped_gemm", "(Tensor x, Tensor weight, Tensor offset, Tensor? bias) -> Tensor"
+)
+torch.library.define(
+    "moe_runtime::gathered_grouped_gemm",
+    "(Tensor x, Tensor weight, Tensor token, Tensor offset, Tensor? bias) -> Tensor",
+)
+torch.library.define(
+    "moe_runtime::grouped_gemm_input_grad", "(Tensor grad_out, Tensor weight, Tensor offset) -> Tensor"
+)
+torch.library.define(
+    "moe_runtime::grouped_gemm_weight_grad", "(Tensor grad_out, Tensor x, Tensor offset) -> Tensor"
+)
+torch.library.define(
+    "moe_runtime::gathered_grouped_gemm_weight_grad",
+    "(Tensor grad_out, Tensor x, Tensor token, Tensor offset) -> Tensor",
+)
+torch.library.define("moe_runtime::grouped_gemm_bias_grad", "(Tensor grad_out, Tensor offset) -> Tensor")
+_grouped_gemm = torch.ops.moe_runtime.grouped_gemm.default
+_gathered_grouped_gemm = torch.ops.moe_runtime.gathered_grouped_gemm.default
+_input_grad = torch.ops.moe_runtime.grouped_gemm_input_grad.default
+_weight_grad = torch.ops.moe_runtime.grouped_gemm_weight_grad.default
+_gathered_weight_grad = torch.ops.moe_runtime.gathered_grouped_gemm_weight_grad.default
+_bias_grad = torch.ops.moe_runtime.grouped_gemm_bias_grad.default
+
+
+@torch.library.register_fake("moe_runtime::grouped_gemm")
+def _(x, weight, offset, bias):
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.register_fake("moe_runtime::gathered_grouped_gemm")
+def _(x, weight, token, offset, bias):
+    return x.new_empty(token.shape[0], weight.shape[1])
+
+
+@torch.library.register_fake("moe_runtime::grouped_gemm_input_grad")
+def _(grad_out, weight, offset):
+    return grad_out.new_empty(grad_out.shape[0], weight.shape[2])
+
+
+@torch.library.register_fake("moe_runtime::grouped_gemm_weight_grad")
+def _(grad_out, x, offset):
+    return x.new_empty(offset.shape[0], grad_out.shape[1], x.shape[1])
+
+
+@torch.library.register_fake("moe_runtime::gathered_grouped_gemm_weight_grad")
+def _(grad_out, x, token, offset):
+    return x.new_empty(offset.shape[0], grad_out.shape[1], x.shape[1])
+
+
+@torch.library.register_fake("moe_runtime::grouped_gemm_bias_grad")
+def _(grad_out, offset):
+    return grad_out.new_empty(offset.shape[0], grad_out.shape[1])
+
+
+# --- reference: the definition, in the plainest PyTorch; also the CPU path --------------
+
+
+def expert_slices(offset_E: Tensor) -> list[tuple[int, slice]]:
+    """(expert, its rows) of every expert that has rows. Reads the plan on the host: for references only."""
+    ends = offset_E.tolist()
+    return [(e, slice(s, end)) for e, (s, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > s]
+
+
+@register_reference("moe_runtime::grouped_gemm")
+def grouped_gemm_reference(
+    x_NI: Tensor, weight_EOI: Tensor, offset_E: Tensor, bias_EO: Tensor | None = None
+) -> Tensor:
+    # unbind, not weight_EOI[e]: differentiated, each index would write a zero gradient of the whole stack
+    matrices, biases = weight_EOI.unbind(0), None if bias_EO is None else bias_EO.unbind(0)
+    parts = []
+    used = 0
+    for e, rows in expert_slices(offset_E):
+        matrix_IO = matrices[e].t()
+        parts.append(
+            x_NI[rows] @ matrix_IO if biases is None else torch.addmm(biases[e], x_NI[rows], matrix_IO)
+        )
+        used = rows.stop
+    parts.append(x_NI.new_zeros(x_NI.shape[0] - used, weight_EOI.shape[1]))
+    return torch.cat(parts)
+
+
+@register_reference("moe_runtime::gathered_grouped_gemm")
+def gathered_grouped_gemm_reference(
+    x_TI: Tensor, weight_EOI: Tensor, token_N: Tensor, offset_E: Tensor, bias_EO: Tensor | None = None
+) -> Tensor:
+    return grouped_gemm_reference(gather_rows_reference(x_TI, token_N), weight_EOI, offset_E, bias_EO)
+
+
+@register_reference("moe_runtime::grouped_gemm_input_grad")
+def input_grad_reference(grad_NO: Tensor, weight_EOI: Tensor, offset_E: Tensor) -> Tensor:
+    return grouped_gemm_reference(grad_NO, weight_EOI.transpose(1, 2), offset_E)
+
+
+@register_reference("moe_runtime::grouped_gemm_weight_grad")
+def weight_grad_reference(grad_NO: Tensor, x_NI: Tensor, offset_E: Tensor) -> Tensor:
+    E, O, I = offset_E.shape[0], grad_NO.shape[1], x_NI.shape[1]
+    dweight_EOI = torch.zeros(E, O, I, dtype=x_NI.dtype, device=x_NI.device)
+    for e, rows in expert_slices(offset_E):
+        torch.mm(grad_NO[rows].t(), x_NI[rows], out=dweight_EOI[e])
+    return dweight_EOI
+
+
+@register_reference("moe_runtime::gathered_grouped_gemm_weight_grad")
+def gathered_weight_grad_reference(
+    grad_NO: Tensor, x_TI: Tensor, token_N: Tensor, offset_E: Tensor
+) -> Tensor:
+    return weight_grad_reference(grad_NO, gather_rows_reference(x_TI, token_N), offset_E)
+
+
+@register_reference("moe_runtime::grouped_gemm_bias_grad")
+def bias_grad_reference(grad_NO: Tensor, offset_E: Tensor) -> Tensor:
+    acc = accumulator(grad_NO.dtype)
+    dbias_EO = torch.zeros(offset_E.shape[0], grad_NO.shape[1], dtype=acc, device=grad_NO.device)
+    for e, rows in expert_slices(offset_E):
+        dbias_EO[e] = grad_NO[rows].sum(0, dtype=acc)
+    return dbias_EO.to(grad_NO.dtype)
+
+
+# --- autograd and the public functions --------------------------------------------------
+
+
+class _GroupedGemm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, offset)
+        return _grouped_gemm(x, weight, offset, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, offset = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_out = grad_out.contiguous()
+        dx = _input_grad(grad_out, weight, offset) if needs_x else None
+        dweight = _weight_grad(grad_out, x, offset) if needs_weight else None
+        dbias = _bias_grad(grad_out, offset) if needs_bias else None
+        return dx, dweight, dbias, None
+
+
+class _GatheredGroupedGemm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor, token: Tensor, offset: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, row, token, offset)
+        return _gathered_grouped_gemm(x, weight, token, offset, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, row, token, offset = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_out = grad_out.contiguous()
+        dx = None
+        if needs_x:
+            dx = scatter_rows_op(_input_grad(grad_out, weight, offset), row)
+        dweight = _gathered_weight_grad(grad_out, x, token, offset) if needs_weight else None
+        dbias = _bias_grad(grad_out, offset) if needs_bias else None
+        return dx, dweight, dbias, None, None, None
+
+
+def grouped_gemm(
+    x_NI: Tensor, weight_EOI: Tensor, plan: RoutingPlan, bias_EO: Tensor | None = None
+) -> Tensor:
+    """Each expert's rows times its matrix.
+
+    Args:
+        x_NI: rows in expert order, bf16, fp16, fp32 or fp64.
+        weight_EOI: one matrix per expert, x's dtype.
+        plan: from `make_plan`, for the same N and E.
+        bias_EO: added to each of the expert's rows, x's dtype.
+
+    Returns:
+        y_NO in x's dtype (autocast's where that is on); rows past the last expert's are zero.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree. Non-contiguous tensors are copied first.
+    """
+    x_NI, weight_EOI, bias_EO = _checked("grouped_gemm", x_NI, weight_EOI, plan, bias_EO)
+    T, K = plan.row_TK.shape
+    check_shape("grouped_gemm", "x", x_NI, (T * K, weight_EOI.shape[2]), "(T*K, I)")
+    return _GroupedGemm.apply(x_NI, weight_EOI, bias_EO, plan.offset_E)
+
+
+def gathered_grouped_gemm(
+    x_TI: Tensor, weight_EOI: Tensor, plan: RoutingPlan, bias_EO: Tensor | None = None
+) -> Tensor:
+    """`grouped_gemm(gather_rows(x, plan), weight, plan, bias)` without storing the gathered rows.
+
+    Args:
+        x_TI: tokens, bf16, fp16, fp32 or fp64.
+        weight_EOI: one matrix per expert, x's dtype.
+        plan: from `make_plan`, for the same T and E.
+        bias_EO: added to each of the expert's rows, x's dtype.
+
+    Returns:
+        y_NO in x's dtype (autocast's where that is on); rows past the last expert's are zero.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree. Non-contiguous tensors are copied first.
+    """
+    x_TI, weight_EOI, bias_EO = _checked("gathered_grouped_gemm", x_TI, weight_EOI, plan, bias_EO)
+    check_shape("gathered_grouped_gemm", "x", x_TI, (plan.row_TK.shape[0], weight_EOI.shape[2]), "(T, I)")
+    return _GatheredGroupedGemm.apply(x_TI, weight_EOI, bias_EO, plan.row_TK, plan.token_N, plan.offset_E)
+
+
+def _checked(
+    op: str, x: Tensor, weight_EOI: Tensor, plan: RoutingPlan, bias_EO: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands, cast for autocast and contiguous, after all checks but that of x's shape."""
+    check_dims(op, "x", x, "(rows, I)")
+    check_dims(op, "weight", weight_EOI, "(E, O, I)")
+    x, weight_EOI, bias_EO = cast_for_autocast(x, weight_EOI, bias_EO)
+    check_dtype(op, "x", x, FLOATS)
+    check_same(op, "weight", weight_EOI, "x", x)
+    check_plan(op, plan, x.device)
+    E, O, _ = weight_EOI.shape
+    check_shape(op, "plan.offset_E", plan.offset_E, (E,), "(E,)")
+    if bias_EO is not None:
+        check_shape(op, "bias", bias_EO, (E, O), "(E, O)")
+        check_same(op, "bias", bias_EO, "x", x)
+        bias_EO = bias_EO.contiguous()
+    return x.contiguous(), weight_EOI.contiguous(), bias_EO

@@ -1,0 +1,101 @@
+"""make_plan: where each (token, choice) goes when rows are sorted by expert.
+
+    row_TK[t, k]   position of choice k of token t in expert order      token_N[n]   token of row n
+    offset_E[e]    end of expert e's rows; its start is offset_E[e-1]   slot_N[n]    t * K + k of row n
+
+A stable counting sort: within one expert, rows keep the order of (t, k). A choice outside 0..E-1 is dropped:
+its `row_TK` is -1, and the N - offset_E[E-1] rows left over at the end have `token_N = slot_N = -1`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._checks import INTEGERS, check_device, check_dims, check_dtype, check_shape
+from ._dispatch import register_reference
+
+
+class RoutingPlan(NamedTuple):
+    """Where each (token, choice) goes; int32, made once per layer by `make_plan` and passed whole."""
+
+    row_TK: Tensor
+    token_N: Tensor
+    slot_N: Tensor
+    offset_E: Tensor
+
+
+# --- contract: schema and output shapes, known before any graph is captured -------------
+
+torch.library.define(
+    "moe_runtime::make_plan",
+    "(Tensor expert, int num_experts) -> (Tensor row, Tensor token, Tensor slot, Tensor offset)",
+)
+_make_plan = torch.ops.moe_runtime.make_plan.default
+
+
+@torch.library.register_fake("moe_runtime::make_plan")
+def _(expert, num_experts):
+    row = torch.empty_like(expert, dtype=torch.int32, memory_format=torch.contiguous_format)
+    return row, *(row.new_empty(size) for size in (row.numel(), row.numel(), num_experts))
+
+
+# --- reference: the definition, in the plainest PyTorch; also the CPU path --------------
+
+
+@register_reference("moe_runtime::make_plan")
+def make_plan_reference(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    T, K = expert_TK.shape
+    kept_TK = (expert_TK >= 0) & (expert_TK < num_experts)
+    sorted_N, slot_N = torch.where(kept_TK, expert_TK, num_experts).flatten().sort(stable=True)
+    expert_E = torch.arange(num_experts, dtype=sorted_N.dtype, device=sorted_N.device)
+    offset_E = torch.searchsorted(sorted_N, expert_E, right=True, out_int32=True)
+    row_TK = torch.where(kept_TK, slot_N.argsort().view(T, K), -1)
+    slot_N = torch.where(sorted_N < num_experts, slot_N, -1)
+    token_N = torch.where(sorted_N < num_experts, slot_N // K, -1)
+    return row_TK.int(), token_N.int(), slot_N.int(), offset_E
+
+
+# --- the public function; integers have no gradient -------------------------------------
+
+
+def make_plan(expert_TK: Tensor, num_experts: int) -> RoutingPlan:
+    """Sort the chosen (token, expert) pairs by expert, stably.
+
+    Args:
+        expert_TK: chosen experts, int32 or int64, any strides; an id outside 0..num_experts-1 is dropped.
+        num_experts: E, at least 1.
+
+    Returns:
+        RoutingPlan of row_TK, token_N, slot_N and offset_E, int32, with N = T * K.
+
+    Raises:
+        ValueError: an argument has the wrong axes or dtype, or T * K does not fit int32.
+    """
+    check_dims("make_plan", "expert", expert_TK, "(T, K)")
+    check_dtype("make_plan", "expert", expert_TK, INTEGERS)
+    if num_experts < 1:
+        raise ValueError(f"make_plan: num_experts must be at least 1, got {num_experts}")
+    if expert_TK.shape[1] < 1:
+        raise ValueError(
+            f"make_plan: expert must have at least 1 choice per token, got shape {tuple(expert_TK.shape)}"
+        )
+    if expert_TK.numel() >= 2**31:
+        raise ValueError(f"make_plan: expert must have fewer than 2**31 elements, got {expert_TK.numel()}")
+    return RoutingPlan(*_make_plan(expert_TK.detach(), num_experts))
+
+
+def check_plan(op: str, plan: RoutingPlan, device: torch.device) -> tuple[int, int]:
+    """Check that a plan's parts agree with each other and live on `device`; returns its (T, K)."""
+    if not isinstance(plan, RoutingPlan):
+        raise ValueError(f"{op}: plan must be a RoutingPlan as make_plan returns, got {type(plan).__name__}")
+    check_dims(op, "plan.row_TK", plan.row_TK, "(T, K)")
+    check_dims(op, "plan.offset_E", plan.offset_E, "(E,)")
+    T, K = plan.row_TK.shape
+    check_shape(op, "plan.token_N", plan.token_N, (T * K,), "(T*K,)")
+    check_shape(op, "plan.slot_N", plan.slot_N, (T * K,), "(T*K,)")
+    for name in RoutingPlan._fields:
+        part = getattr(plan, name)
+        check_dtype(op, f"plan.{name}", part, (torch.int32,))
+        check_device(op, f"plan.{name}", part, device)
+    return T, K
