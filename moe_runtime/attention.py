@@ -1,8 +1,9 @@
 """Attention and mixtures of attention, computed as ONE attention call over the heads of all experts.
 
-Head order: with own keys and values [expert][head]; with shared keys and values [kv head][expert][head in group],
-because grouped-query kernels expect the queries of one key-value head to be neighbours. Both are one view of the
-attention's output, `o_TSAQ`: S = 1 and Q = H·P, or S = key-value heads and Q = (H / key-value heads)·P.
+Head order: with own keys and values [expert][head]; with shared keys and values [kv head][expert][head in
+group], because grouped-query kernels expect the queries of one key-value head to be neighbours. Both are one
+view of the attention's output, `o_TSAQ`: S = 1 and Q = H·P, or S = key-value heads and Q = (H / key-value
+heads)·P.
 """
 
 from typing import Any
@@ -20,11 +21,12 @@ Rotary = tuple[Tensor, Tensor]  # cos and sin, [B or 1, L, R], of the R rotated 
 
 
 class MixtureOfAttention(nn.Module):
-    """Σ over attention experts a of gate[t, a] · (attention of expert a) · o_projᵀ; one expert is plain attention.
+    """Σ over attention experts a of gate[t, a] · (attention of expert a) · o_projᵀ; one expert is plain
+    attention.
 
-    `attend` computes the attention itself and may hold a cache; the default is causal attention by PyTorch. It is
-    called as `attend(query, key, value, **attend_arguments)` with query [B, all heads, L, P], key and value
-    [B, all key-value heads, L, P], and returns ([B, L, all heads, P], anything).
+    `attend` computes the attention itself and may hold a cache; the default is causal attention by PyTorch.
+    It is called as `attend(query, key, value, **attend_arguments)` with query [B, all heads, L, P], key and
+    value [B, all key-value heads, L, P], and returns ([B, L, all heads, P], anything).
     """
 
     def __init__(self, config: AttentionConfig, attend: nn.Module | None = None) -> None:
@@ -49,7 +51,7 @@ class MixtureOfAttention(nn.Module):
             self.o_proj = MixtureProjection(heads * P, D, num_experts=A, bias=config.output_bias)
 
     def forward(self, x_BLD: Tensor, rotary: Rotary | None = None, **attend_arguments: Any) -> Tensor:
-        """x_BLD -> y_BLD. `rotary` rotates queries and keys (see `rotary_tables`); None: no position is encoded."""
+        """x_BLD -> y_BLD. `rotary` turns queries and keys, see `rotary_tables`; None encodes no position."""
         P = self.config.head_dim
         query, key, value = (
             projection(x_BLD).unflatten(-1, (-1, P)) for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -68,7 +70,8 @@ class MixtureOfAttention(nn.Module):
 
 
 class MixtureProjection(nn.Module):
-    """The output projections of all attention experts, `weight [D, all heads · P]`, applied and mixed in one GEMM.
+    """The output projections of all attention experts, `weight [D, all heads · P]`, applied and mixed in one
+    GEMM.
 
     Each expert has a bias row of its own, `bias [A, D]`, scaled by its gate like the rest of its output.
     """
@@ -112,9 +115,11 @@ class CausalAttention(nn.Module):
 
 
 def rotary_tables(position_BL: Tensor, rotated_width: int, theta: float = 10000.0) -> Rotary:
-    """cos and sin of position · theta^(-2r / rotated_width), float32, for the R = rotated_width / 2 pairs of a head.
+    """cos and sin of position · theta^(-2r / rotated_width), float32, for the R = rotated_width / 2 pairs of
+    a head.
 
-    Source: Su et al. 2021. `rotated_width` is the head's width, or less where only a part is rotated; it must be even.
+    Source: Su et al. 2021. `rotated_width` is the head's width, or less where only a part is rotated; it must
+    be even.
     """
     if rotated_width % 2:
         raise ValueError(f"rotated_width must be even, got {rotated_width}")
@@ -126,8 +131,8 @@ def rotary_tables(position_BL: Tensor, rotated_width: int, theta: float = 10000.
 def rotate(x: Tensor, rotary: Rotary, interleaved: bool = False) -> Tensor:
     """Rotate the first 2R entries of every head of x [B, L, heads, P]; the rest passes through.
 
-    A pair is (r, r + R), or with `interleaved` (2r, 2r + 1), as Cohere and GPT-J store their heads. Computed in the
-    tables' dtype, returned in x's.
+    A pair is (r, r + R), or with `interleaved` (2r, 2r + 1), as Cohere and GPT-J store their heads. Computed
+    in the tables' dtype, returned in x's.
     """
     cos, sin = (table.unsqueeze(2) for table in rotary)
     rotated, passed = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)

@@ -1,4 +1,4 @@
-"""Transformer blocks: sequential (attention, then feed-forward) and parallel (both from the same input, added once)."""
+"""Transformer blocks: sequential (attention, then feed-forward), or parallel (both added once)."""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +11,8 @@ from moe_runtime.norms import make_norm
 
 
 class BlockOutput(NamedTuple):
-    """The residual stream, and what a Mixture of Experts adds to it: None in a block with a dense feed-forward.
+    """The residual stream, and what a Mixture of Experts adds to it: None in a block with a dense
+    feed-forward.
 
     The losses are returned, never kept on a module, so that they survive gradient checkpointing.
     """
@@ -25,8 +26,8 @@ class BlockOutput(NamedTuple):
 class Block(nn.Module):
     """One layer of the model, of the kind its config names.
 
-    sequential  h = x + attention(norm1(x));  y = h + feed_forward(norm2(h))
-    parallel    y = x + attention(n1) + feed_forward(n2) with n1 = norm1(x) and n2 = norm2(x), or n2 = n1 when there
+    sequential  h = x + attention(norm1(x));  y = h + feed_forward(norm2(h)) parallel    y = x + attention(n1)
+    + feed_forward(n2) with n1 = norm1(x) and n2 = norm2(x), or n2 = n1 when there
                 is one norm, as in BAM and Cohere's models
 
     `attend` replaces the attention itself, see MixtureOfAttention.
@@ -54,7 +55,7 @@ class Block(nn.Module):
         token_mask_BL: Tensor | None = None,
         **attend_arguments: Any,
     ) -> BlockOutput:
-        """One layer. `token_mask_BL` is False for padding, which then counts in no auxiliary loss or statistic."""
+        """One layer. `token_mask_BL` is False for padding, which counts in no auxiliary loss or statistic."""
         n_BLD = self.input_layernorm(x_BLD)
         residual_BLD = x_BLD + self.self_attn(n_BLD, rotary, **attend_arguments)
         if self.post_attention_layernorm is not None:

@@ -20,8 +20,9 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 class Experts(nn.Module):
-    """E feed-forward networks, stacked as transformers 5 stores them: `gate_up_proj [E, 2F, D]`, gate rows first
-    (`[E, F, D]` without a gate), and `down_proj [E, D, F]`, with one bias row per expert where configured.
+    """E feed-forward networks, stacked as transformers 5 stores them: `gate_up_proj [E, 2F, D]`, gate rows
+    first (`[E, F, D]` without a gate), and `down_proj [E, D, F]`, with one bias row per expert where
+    configured.
     """
 
     def __init__(self, config: FeedForwardConfig) -> None:

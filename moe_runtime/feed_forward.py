@@ -62,7 +62,8 @@ class MoEFeedForward(nn.Module):
         Args:
             x: tokens, any leading axes; they are flattened to T.
             residual: same shape as x.
-            token_mask: bool, the leading axes of x, False for padding: such a token counts in no loss or statistic.
+            token_mask: bool, the leading axes of x, False for padding: such a token counts in no loss or
+                statistic.
         """
         if self.shared_expert is not None:
             shared = self.shared_expert(x)

@@ -1,7 +1,7 @@
 """Auxiliary losses of a router as plain functions: the definitions that the fused `route_topk` must equal.
 
-`f_e` is the share of routing slots that expert e got (sum 1), `P_e` the mean over tokens of its full score (sum 1).
-A token whose `token_mask_T` is False counts nowhere; over no tokens every loss is 0.
+`f_e` is the share of routing slots that expert e got (sum 1), `P_e` the mean over tokens of its full score
+(sum 1). A token whose `token_mask_T` is False counts nowhere; over no tokens every loss is 0.
 """
 
 import torch
@@ -13,9 +13,9 @@ def load_balancing_loss(
 ) -> Tensor:
     """Switch-style balance loss: E · Σ f_e P_e.
 
-    1 when choices and probabilities are both even, E when every choice falls on one expert with probability 1.
-    Differentiable in `prob_TE` only. Source: Fedus et al. 2021, eq. 4, with f divided by K so that K does not
-    scale the loss. transformers' value for Mixtral is K times this.
+    1 when choices and probabilities are both even, E when every choice falls on one expert with probability
+    1. Differentiable in `prob_TE` only. Source: Fedus et al. 2021, eq. 4, with f divided by K so that K does
+    not scale the loss. transformers' value for Mixtral is K times this.
 
     Args:
         prob_TE: router scores over all experts, rows sum to 1.

@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(variance + eps) · weight, plus a bias if asked; `shape` as in RMSNorm. Cohere has no bias."""
+    """(x - mean) / sqrt(variance + eps) · weight, + bias if asked (Cohere: no). `shape` as in RMSNorm."""
 
     def __init__(self, *shape: int, eps: float, bias: bool = False) -> None:
         super().__init__()

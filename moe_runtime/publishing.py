@@ -1,6 +1,7 @@
 """What a checkpoint folder needs besides weights to load with `trust_remote_code=True`. Torch-free.
 
-The published code imports this package by name, so the reader needs it installed, but never imports it by hand.
+The published code imports this package by name, so the reader needs it installed, but never imports it by
+hand.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Routers: which experts a token goes to, and with which weight. Arithmetic is float32 whatever the model's dtype."""
+"""Routers: which experts a token goes to, and with which weight. Arithmetic is float32 in every model."""
 
 from typing import NamedTuple
 
@@ -26,7 +26,8 @@ class Routing(NamedTuple):
 class TopKRouter(nn.Module):
     """Each token chooses its K best experts of E by a linear score.
 
-    `selection_bias` is added to scores for the choice only and learns by no gradient: see `update_selection_bias`.
+    `selection_bias` is added to scores for the choice only and learns by no gradient: see
+    `update_selection_bias`.
     """
 
     selection_bias: Tensor | None
@@ -44,18 +45,20 @@ class TopKRouter(nn.Module):
         nn.init.normal_(self.weight, std=INITIAL_STD)
 
     def forward(self, x_TD: Tensor, token_mask_T: Tensor | None = None) -> Routing:
-        """Route tokens; those whose `token_mask_T` is False are routed too, but count in no statistic and no loss.
+        """Route tokens; those whose `token_mask_T` is False are routed too, but count in no statistic and no
+        loss.
 
         Raises:
-            ValueError: in training, if the gate is constant and the language-model loss could never train the router.
+            ValueError: in training, if the gate is constant and the language-model loss could never train the
+                router.
         """
         config = self.config
         constant_gate = config.gate == "renorm" and config.experts_per_token == 1
         if constant_gate and not config.aux_only and _trains(self):
             raise ValueError(
-                "gate must not be 'renorm' with experts_per_token = 1 in training: the gate is always 1 and the loss "
-                "never reaches the router; use 'straight_through' or 'raw', or set aux_only=True to train the router "
-                "by its auxiliary losses alone"
+                "gate must not be 'renorm' with experts_per_token = 1 in training: the gate is always 1 and "
+                "the loss never reaches the router; use 'straight_through' or 'raw', or set aux_only=True to "
+                "train the router by its auxiliary losses alone"
             )
         logits_TE = _float32_logits(x_TD, self.weight)
         chosen = route_topk(
@@ -74,7 +77,8 @@ class TopKRouter(nn.Module):
 
     @torch.no_grad()
     def update_selection_bias(self, count_E: Tensor, gamma: float = 1e-3) -> None:
-        """Move the bias by gamma towards experts with less than the mean load. Call it after each optimiser step.
+        """Move the bias by gamma towards experts with less than the mean load. Call it after each optimiser
+        step.
 
         b_e += gamma · sign(mean(count) - count_e), the auxiliary-loss-free balancing of DeepSeek-V3.
 
@@ -91,11 +95,12 @@ class TopKRouter(nn.Module):
 
     def extra_repr(self) -> str:
         config = self.config
-        return f"{config.num_experts} experts, {config.experts_per_token} per token, {config.score}, {config.gate}"
+        experts = f"{config.num_experts} experts, {config.experts_per_token} per token"
+        return f"{experts}, {config.score}, {config.gate}"
 
 
 class SoftRouter(nn.Module):
-    """A weight for every expert: softmax over all of them, or its `top_k` largest entries with zeros elsewhere."""
+    """A weight for every expert: softmax over all of them, or only its `top_k` largest entries and zeros."""
 
     def __init__(
         self, hidden_size: int, num_experts: int, *, top_k: int | None = None, renormalise: bool = False
@@ -115,12 +120,13 @@ class SoftRouter(nn.Module):
         """gate_TA, float32 (float64 for float64 input); rows sum to 1 unless a top-k is not renormalised.
 
         Raises:
-            ValueError: in training, if top_k = 1 is renormalised: the constant gate 1 would never train the router.
+            ValueError: in training, if top_k = 1 is renormalised: the constant gate 1 would never train the
+                router.
         """
         if self.top_k == 1 and self.renormalise and _trains(self):
             raise ValueError(
-                "renormalise must be False with top_k = 1 in training: the gate is always 1 and the loss never "
-                "reaches the router"
+                "renormalise must be False with top_k = 1 in training: the gate is always 1 and the loss "
+                "never reaches the router"
             )
         gate_TA = _float32_logits(x_TD, self.weight).softmax(dim=-1)
         if self.top_k is None:

@@ -1,4 +1,4 @@
-"""The configuration of the causal LM as transformers knows it: the fields of `ModelConfig` in a config.json."""
+"""The configuration of the causal LM for transformers: the fields of `ModelConfig` in a config.json."""
 
 from dataclasses import MISSING, fields
 from typing import Any, ClassVar
@@ -10,11 +10,12 @@ from moe_runtime.publishing import MODEL_TYPE
 
 
 class MoeRuntimeConfig(PreTrainedConfig):
-    """Every field of `moe_runtime.config.ModelConfig`, under its name and with its default, plus transformers' own.
+    """Every field of `moe_runtime.config.ModelConfig`, under its name and with its default, plus
+    transformers' own.
 
-    The values are checked by building the `ModelConfig` they describe. `layer_types` is always a list here, because
-    transformers chooses masks and caches by it. `output_router_logits` exists where there are experts: trainers
-    take its presence as the sign of a Mixture of Experts.
+    The values are checked by building the `ModelConfig` they describe. `layer_types` is always a list here,
+    because transformers chooses masks and caches by it. `output_router_logits` exists where there are
+    experts: trainers take its presence as the sign of a Mixture of Experts.
 
     Raises:
         ValueError: naming the field, what it must be and what it was.
@@ -53,10 +54,10 @@ class MoeRuntimeConfig(PreTrainedConfig):
         self.model_config()
 
     def model_config(self) -> ModelConfig:
-        """The checked description that the layers are built from. Raises ValueError where a field is wrong."""
+        """The checked description that layers are built from. Raises ValueError where a field is wrong."""
         return ModelConfig.from_dict({field.name: getattr(self, field.name) for field in fields(ModelConfig)})
 
     @classmethod
     def from_model_config(cls, config: ModelConfig, **kwargs: Any) -> "MoeRuntimeConfig":
-        """The configuration of a description; `kwargs` are transformers' own fields, such as `eos_token_id`."""
+        """The configuration of a description; `kwargs` are transformers' own fields, like `eos_token_id`."""
         return cls(**config.to_dict(), **kwargs)

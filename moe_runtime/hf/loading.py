@@ -23,8 +23,8 @@ def load_causal_lm(
         path: a folder with config.json and weights, as `save_pretrained` or `upcycle` writes it.
         dtype: of the weights; "auto" keeps the file's.
         device: where the model goes.
-        attention: transformers' name of the attention implementation, such as "sdpa" or "flash_attention_2"; None
-            lets transformers choose.
+        attention: transformers' name of the attention implementation, such as "sdpa" or "flash_attention_2";
+            None lets transformers choose.
 
     Raises:
         FileNotFoundError: if the folder, its config.json or its weights are missing.

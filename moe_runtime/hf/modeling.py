@@ -1,7 +1,7 @@
 """The causal LM as an ordinary transformers model: dense, Mixture of Experts, or with mixtures of attention.
 
-The layers come from `moe_runtime` by absolute import, so that a published copy of this file works wherever the
-package is installed.
+The layers come from `moe_runtime` by absolute import, so that a published copy of this file works wherever
+the package is installed.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,8 @@ MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_slidi
 
 @dataclass
 class MoeRuntimeModelOutput(ModelOutput):
-    """`aux_loss` and `z_loss` are sums over the MoE layers, `expert_count` [MoE layers, E] int32; padding excluded.
+    """`aux_loss` and `z_loss` are sums over the MoE layers, `expert_count` [MoE layers, E] int32; padding
+    excluded.
 
     The three are None in a model without experts.
     """
@@ -55,7 +56,7 @@ class MoeRuntimeModelOutput(ModelOutput):
 
 @dataclass
 class MoeRuntimeCausalLMOutput(ModelOutput):
-    """As `MoeRuntimeModelOutput`; in training `loss` contains both auxiliary losses, times their coefficients."""
+    """As `MoeRuntimeModelOutput`; in training `loss` contains both auxiliary losses times their factors."""
 
     loss: Tensor | None = None
     aux_loss: Tensor | None = None
@@ -92,7 +93,8 @@ def eager_attention_forward(
 class MoeRuntimeAttention(nn.Module):
     """The attention call of one layer: its cache, and the kernel that `config._attn_implementation` names.
 
-    It owns no parameters: it is the `attend` of a MixtureOfAttention, which projects for all attention experts.
+    It owns no parameters: it is the `attend` of a MixtureOfAttention, which projects for all attention
+    experts.
     """
 
     def __init__(self, config: MoeRuntimeConfig, layer_idx: int) -> None:
@@ -115,7 +117,7 @@ class MoeRuntimeAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """query [B, heads, L, P], key and value [B, kv heads, L, P] -> [B, L, heads, P], and weights if eager."""
+        """query [B, heads, L, P], key, value [B, kv heads, L, P] -> [B, L, heads, P], weights if eager."""
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -135,7 +137,7 @@ class MoeRuntimeAttention(nn.Module):
 
 
 class MoeRuntimeRotaryEmbedding(nn.Module):
-    """cos and sin [B, L, R] of every position, float32, for any RoPE type of transformers and for partial rotation."""
+    """cos and sin [B, L, R] of every position, float32, for any RoPE type of transformers, also partial."""
 
     inv_freq: Tensor
     original_inv_freq: Tensor
@@ -157,7 +159,7 @@ class MoeRuntimeRotaryEmbedding(nn.Module):
     def compute_default_rope_parameters(
         config: MoeRuntimeConfig, device: torch.device | None = None, **kwargs: Any
     ) -> tuple[Tensor, float]:
-        """theta^(-2r / rotated width), and no scaling of the attention. transformers calls it by this name."""
+        """theta^(-2r / rotated width), and no scaling of attention. transformers calls it by this name."""
         rope = config.rope_parameters
         width = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
         pair_R = torch.arange(0, width, 2, device=device, dtype=torch.float32)
@@ -184,7 +186,7 @@ class MoeRuntimeDecoderLayer(Block, GradientCheckpointingLayer):
 
 
 class MoeRuntimePreTrainedModel(PreTrainedModel):
-    """What the base model and the head share: what transformers may do with them, initialisation, publishing."""
+    """What base model and head share: what transformers may do with them, initialisation, publishing."""
 
     config: MoeRuntimeConfig
     config_class = MoeRuntimeConfig
@@ -223,7 +225,7 @@ class MoeRuntimePreTrainedModel(PreTrainedModel):
                 init.zeros_(getattr(module, name))
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """As transformers', and ready to publish: this code is copied along and named in config.json's `auto_map`."""
+        """As transformers', and ready to publish: copies this code along and names it in `auto_map`."""
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
 
@@ -334,9 +336,10 @@ class MoeRuntimeForCausalLM(MoeRuntimePreTrainedModel, GenerationMixin):
     ) -> MoeRuntimeCausalLMOutput:
         """Logits [B, L, V] of the last `logits_to_keep` positions (0: all), and the loss if labels are given.
 
-        loss = NLL, and in training NLL + router_aux_loss_coef · Σ balance + router_z_loss_coef · Σ z over layers.
-        With `num_items_in_batch` (the labels of a whole accumulated batch) each micro-batch adds its share of both,
-        so that their sum over micro-batches is the mean over the batch. Other arguments: see `MoeRuntimeModel`.
+        loss = NLL, and in training NLL + router_aux_loss_coef · Σ balance + router_z_loss_coef · Σ z over
+        layers. With `num_items_in_batch` (the labels of a whole accumulated batch) each micro-batch adds its
+        share of both, so that their sum over micro-batches is the mean over the batch. Other arguments: see
+        `MoeRuntimeModel`.
         """
         outputs = self.model(input_ids, attention_mask, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -386,7 +389,7 @@ class MoeRuntimeForCausalLM(MoeRuntimePreTrainedModel, GenerationMixin):
 
 
 def _token_mask(attention_mask: Any, L: int) -> Tensor | None:
-    """False for padding among the last L tokens; None where the mask does not say (none given, or made already)."""
+    """False for padding among the last L tokens; None where the mask does not say (no or a finished one)."""
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return None
     return attention_mask[:, -L:].bool()
