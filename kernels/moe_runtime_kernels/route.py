@@ -10,8 +10,8 @@
 
 All arithmetic is float32 (float64 for float64 logits). Loads and losses skip masked tokens. `f` and the
 choice have no gradient, so `bias` has none. Sources: Switch Transformer (Fedus et al. 2021, eq. 4), with f
-divided by K so that K does not scale the loss; ST-MoE (Zoph et al. 2022, eq. 5); DeepSeek-V3 (2024) for sigmoid
-scores, bias and groups.
+divided by K so that K does not scale the loss; ST-MoE (Zoph et al. 2022, eq. 5); DeepSeek-V3 (2024) for
+sigmoid scores, bias and groups.
 """
 
 from typing import Any, NamedTuple
