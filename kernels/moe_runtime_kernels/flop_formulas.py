@@ -1,11 +1,11 @@
 """One formula per registered operation, for `torch.utils.flop_counter.FlopCounterMode`.
 
-A multiply and an add are 2 FLOPs. Matrix products count, over all N = T * K rows: no padding, no elementwise work,
-nothing for routing, plans and row movement, no gradient that is not asked for. A dropped choice counts like the
-others, because only the device knows how many there are.
+A multiply and an add are 2 FLOPs. Matrix products count, over all N = T * K rows: no padding, no elementwise
+work, nothing for routing, plans and row movement, no gradient that is not asked for. A dropped choice counts
+like the others, because only the device knows how many there are.
 
-PyTorch's own operations that its counter takes for free are here too: `aten._grouped_mm`, and attention on the
-CPU, by the counter's convention for other devices (every query times every key, causal or not).
+PyTorch's own operations that its counter takes for free are here too: `aten._grouped_mm`, and attention on
+the CPU, by the counter's convention for other devices (every query times every key, causal or not).
 """
 
 from collections.abc import Callable, Sequence
@@ -69,7 +69,7 @@ def _attention_mix_backward(
 
 
 def _aten_grouped_mm(a: Shape, b: Shape, *args: Any, **kwargs: Any) -> int:
-    """Groups split the rows (2d x 3d), the summed axis (2d x 2d), the output columns (3d x 2d); 3d x 3d is a batch.
+    """Groups split rows (2d x 3d), the summed axis (2d x 2d) or columns (3d x 2d); 3d x 3d is a batch.
 
     A split axis appears once and is summed over the groups; only the batch multiplies.
     """
@@ -116,7 +116,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
 
 
 def register_flop_formulas() -> None:
-    """Teach PyTorch's FLOP counter these operations; a formula that is already there, ours or another's, stays."""
+    """Teach PyTorch's FLOP counter these operations; a formula that is already there stays."""
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     for name, formula in _FORMULAS.items():

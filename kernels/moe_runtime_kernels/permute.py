@@ -40,7 +40,7 @@ def _(y, row):
 @register_reference("moe_runtime::gather_rows")
 def gather_rows_reference(x: Tensor, index: Tensor) -> Tensor:
     """Rows of `x` [rows, columns] at `index` [n]; zero where the index is -1, whatever `x` holds."""
-    return torch.where((index >= 0)[:, None], x[index.clamp(min=0)], 0)
+    return x.index_select(0, index.clamp(min=0)).masked_fill((index < 0)[:, None], 0)
 
 
 @register_reference("moe_runtime::scatter_rows")
