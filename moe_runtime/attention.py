@@ -86,7 +86,7 @@ class MixtureProjection(nn.Module):
         nn.init.normal_(self.weight, std=INITIAL_STD)
 
     def forward(self, o_TSAQ: Tensor, gate_TA: Tensor) -> Tensor:
-        y_TD = attention_mix(o_TSAQ, gate_TA, self.weight.to(o_TSAQ.dtype))
+        y_TD = attention_mix(o_TSAQ, gate_TA, self.weight)
         return y_TD if self.bias is None else y_TD + (gate_TA @ self.bias.to(gate_TA.dtype)).to(y_TD.dtype)
 
     def extra_repr(self) -> str:

@@ -4,7 +4,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from moe_runtime_kernels import combine, expert_ffn, gathered_grouped_gemm, grouped_gemm, make_plan
+from moe_runtime_kernels import (
+    RoutingPlan,
+    combine,
+    expert_ffn,
+    gathered_grouped_gemm,
+    grouped_gemm,
+    make_plan,
+)
 from torch import Tensor, nn
 
 from moe_runtime.config import Activation, FeedForwardConfig
@@ -49,46 +56,36 @@ class Experts(nn.Module):
         """y_TD = residual + Σ over k of weight[t, k] · FFN of expert[t, k] (x[t]).
 
         Args:
-            x_TD: tokens, in the dtype of the weights, or any under autocast.
+            x_TD: tokens, in the dtype of the weights.
             expert_TK: chosen experts; an id of num_experts or more is dropped.
             weight_TK: gates, float32.
             residual_TD: added in the last step of the fused layer, which saves one pass over the output.
         """
         plan = make_plan(expert_TK.int(), self.num_experts)
-        dtype, added_later = x_TD.dtype, None
-        if torch.is_autocast_enabled(x_TD.device.type):
-            # custom operations do not autocast by themselves, and the residual stream keeps its own dtype
-            dtype = torch.get_autocast_dtype(x_TD.device.type)
-            residual_TD, added_later = None, residual_TD
-        weights = [
-            None if weight is None else weight.to(dtype)
-            for weight in (self.gate_up_proj, self.down_proj, self.gate_up_bias, self.down_bias)
-        ]
-        forward = self._with_dropout if self.training and self.config.expert_dropout > 0 else self._fused
-        y_TD = forward(x_TD.to(dtype), weights, weight_TK, plan, residual_TD)
-        return y_TD if added_later is None else added_later + y_TD
-
-    def _fused(self, x_TD, weights, weight_TK, plan, residual_TD):
-        gate_up_proj, down_proj, gate_up_bias, down_bias = weights
+        if self.training and self.config.expert_dropout > 0:
+            return self._with_dropout(x_TD, weight_TK, plan, residual_TD)
         return expert_ffn(
             x_TD,
-            gate_up_proj,
-            down_proj,
+            self.gate_up_proj,
+            self.down_proj,
             weight_TK,
             plan,
             activation=self.config.activation,
-            gate_up_bias=gate_up_bias,
-            down_bias=down_bias,
+            gate_up_bias=self.gate_up_bias,
+            down_bias=self.down_bias,
             residual_TD=residual_TD,
         )
 
-    def _with_dropout(self, x_TD, weights, weight_TK, plan, residual_TD):
+    def _with_dropout(
+        self, x_TD: Tensor, weight_TK: Tensor, plan: RoutingPlan, residual_TD: Tensor | None
+    ) -> Tensor:
         """The same layer from its parts, because dropout falls between the two projections."""
-        gate_up_proj, down_proj, gate_up_bias, down_bias = weights
-        h_NG = gathered_grouped_gemm(x_TD, gate_up_proj, plan, gate_up_bias)
+        h_NG = gathered_grouped_gemm(x_TD, self.gate_up_proj, plan, self.gate_up_bias)
         hidden_NF = activate(h_NG, self.config.activation, self.config.gated)
         hidden_NF = F.dropout(hidden_NF, self.config.expert_dropout)
-        return combine(grouped_gemm(hidden_NF, down_proj, plan, down_bias), weight_TK, plan, residual_TD)
+        return combine(
+            grouped_gemm(hidden_NF, self.down_proj, plan, self.down_bias), weight_TK, plan, residual_TD
+        )
 
     def extra_repr(self) -> str:
         E, D, F_ = self.down_proj.shape

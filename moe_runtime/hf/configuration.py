@@ -31,7 +31,6 @@ class MoeRuntimeConfig(PreTrainedConfig):
     ]
     has_no_defaults_at_init: ClassVar[bool] = True  # read by transformers before 5.18
 
-    # mypy and readers: the fields of ModelConfig are set in __post_init__, from one source
     initializer_range: float = 0.02
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -45,13 +44,13 @@ class MoeRuntimeConfig(PreTrainedConfig):
             if value is MISSING:
                 raise ValueError(f"{field.name} must be given in a {type(self).__name__}, it has no default")
             setattr(self, field.name, value)
-        if self.layer_types is None:
-            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
-            self.layer_types = [kind] * self.num_hidden_layers
-        if self.num_experts > 0:
+        described = self.model_config()
+        if described.layer_types is None:
+            kind = "full_attention" if described.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * described.num_hidden_layers
+        if described.num_experts > 0:
             self.output_router_logits = kwargs.pop("output_router_logits", False)
         super().__post_init__(**kwargs)
-        self.model_config()
 
     def model_config(self) -> ModelConfig:
         """The checked description that layers are built from. Raises ValueError where a field is wrong."""

@@ -73,7 +73,7 @@ class MoeRuntimeCausalLMOutput(ModelOutput):
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: "MoeRuntimeAttention",
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -252,7 +252,7 @@ class MoeRuntimeModel(MoeRuntimePreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Any] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -275,8 +275,9 @@ class MoeRuntimeModel(MoeRuntimePreTrainedModel):
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(L, device=inputs_embeds.device) + seen).unsqueeze(0)
-        mask_by_type = attention_mask
-        if not isinstance(attention_mask, dict):  # generate() may have made the masks already
+        if isinstance(attention_mask, dict):  # generate() made the masks already
+            mask_by_type = attention_mask
+        else:
             mask_by_type = {
                 kind: MASKS[kind](
                     config=self.config,
@@ -306,10 +307,13 @@ class MoeRuntimeModel(MoeRuntimePreTrainedModel):
             )
             x_BLD = output[0]
             outputs.append(BlockOutput(*output))
+        aux_loss, z_loss, expert_count = _summed_over_layers(outputs)
         return MoeRuntimeModelOutput(
             last_hidden_state=self.norm(x_BLD),
             past_key_values=past_key_values,
-            **_summed_over_layers(outputs),
+            aux_loss=aux_loss,
+            z_loss=z_loss,
+            expert_count=expert_count,
         )
 
 
@@ -395,16 +399,17 @@ def _token_mask(attention_mask: Any, L: int) -> Tensor | None:
     return attention_mask[:, -L:].bool()
 
 
-def _summed_over_layers(outputs: list[BlockOutput]) -> dict[str, Tensor]:
-    moe = [output for output in outputs if output.count_E is not None]
-    if not moe:
-        return {}
-    device = moe[0].count_E.device  # layers may lie on several
-    return {
-        "aux_loss": torch.stack([output.balance_loss.to(device) for output in moe]).sum(),
-        "z_loss": torch.stack([output.z_loss.to(device) for output in moe]).sum(),
-        "expert_count": torch.stack([output.count_E.to(device) for output in moe]),
-    }
+def _summed_over_layers(outputs: list[BlockOutput]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Balance loss and z loss summed, counts stacked; None without a MoE layer. Layers may span devices."""
+    balance = _stacked([output.balance_loss for output in outputs])
+    z = _stacked([output.z_loss for output in outputs])
+    count = _stacked([output.count_E for output in outputs])
+    return (None if balance is None else balance.sum()), (None if z is None else z.sum()), count
+
+
+def _stacked(values: list[Tensor | None]) -> Tensor | None:
+    present = [value for value in values if value is not None]
+    return torch.stack([value.to(present[0].device) for value in present]) if present else None
 
 
 # Lets save_pretrained copy this code; a published copy runs this too, so that it can be saved again.
