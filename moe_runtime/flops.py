@@ -62,12 +62,14 @@ def _feed_forward_parameters(config: FeedForwardConfig, *, active: bool) -> Coun
     if config.router is None:
         return Counter(feed_forward=one)
     num_used = config.router.experts_per_token if active else config.router.num_experts
-    shared = _ffn_parameters(config, config.shared_intermediate_size, bias=config.bias)
+    shared = 0
+    if config.shared_intermediate_size:
+        shared = _ffn_parameters(config, config.shared_intermediate_size, bias=config.bias)
+        shared += config.shared_gate * config.hidden_size
     return Counter(
         router=config.router.num_experts * config.hidden_size,
         experts=num_used * one,
-        shared_expert=(shared if config.shared_intermediate_size else 0)
-        + (config.hidden_size if config.shared_gate else 0),
+        shared_expert=shared,
     )
 
 
@@ -121,8 +123,12 @@ def attention_pairs(context: int, convention: Convention = "causal", window: int
 def _linear_flops(config: ModelConfig, layer: int) -> Counter[str]:
     """2 FLOPs for each active weight of one layer's matrices; attention scores are not among them."""
     attention, ffn = config.attention_config(layer), config.feed_forward_config(layer)
-    without_bias = _attention_parameters(replace(attention, bias=False, output_bias=False, qk_norm=None))
-    weights = without_bias + _feed_forward_parameters(replace(ffn, bias=False), active=True)
+    # one bias is an addition; those of several attention experts are a product with their gates
+    mixed_bias = attention.output_bias and attention.num_experts > 1
+    matrices = replace(attention, bias=False, output_bias=mixed_bias, qk_norm=None)
+    weights = _attention_parameters(matrices) + _feed_forward_parameters(
+        replace(ffn, bias=False), active=True
+    )
     return Counter({component: 2 * count for component, count in weights.items()})
 
 

@@ -1,0 +1,186 @@
+"""The `moe-runtime` command. What a command needs is imported when it runs, so that help is there at once."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .config import ModelConfig
+from .shapes import SHAPES, named_shape
+
+app = typer.Typer(
+    name="moe-runtime",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code.
+
+    0 is success; 2 a mistake of the user, told in one sentence on stderr; 1 a fault of ours; 130 an interrupt.
+    `--debug`, anywhere among the arguments, lets the exception through with its traceback.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    try:
+        code = app(
+            [word for word in words if word != "--debug"], prog_name="moe-runtime", standalone_mode=False
+        )
+    except Exception as error:
+        if debug:
+            raise
+        sentence, code = _explain(error)
+        print(f"moe-runtime: {sentence}", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """What to tell the user about an exception, on one line, and the exit code."""
+    if hasattr(error, "format_message"):  # a usage error; its class has another home in every typer
+        return f"{' '.join(error.format_message().split())} See --help.", 2
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError | OSError):
+        return text, 2
+    return f"{type(error).__name__}: {text or 'no message'} (run again with --debug for the traceback)", 1
+
+
+@app.callback(invoke_without_command=True)
+def _global_options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Mixture-of-Experts models that start from dense checkpoints."""
+    if version:
+        from importlib import metadata
+
+        print(metadata.version("moe-runtime"))
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def _print_json(values: Any) -> None:
+    print(json.dumps(values, indent=2, ensure_ascii=False))
+
+
+# --- flops ---
+
+
+def _read_config(source: str) -> ModelConfig:
+    """The model in a checkpoint folder or a config.json, or a named shape."""
+    path = Path(source)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        if path.is_dir() or path.suffix == ".json" or len(path.parts) > 1:
+            raise FileNotFoundError(f"CONFIG: there is no file {file}")
+        return named_shape(source)
+    from .families import model_config
+
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} must be JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold one JSON object, got {type(values).__name__}")
+    try:
+        return model_config(values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+@app.command("flops", epilog="Example: moe-runtime flops mixtral-8x7b --context 4096 --convention causal")
+def flops_command(
+    config: Annotated[
+        str,
+        typer.Argument(help=f"A checkpoint folder, a config.json, or one of: {', '.join(SHAPES)}."),
+    ],
+    context: Annotated[int, typer.Option(help="Tokens of a sequence; attention grows with it.")] = 2048,
+    convention: Annotated[
+        str,
+        typer.Option(
+            help="Attention counted causal (exact mean), full (as PyTorch does) or half (as BAM does)."
+        ),
+    ] = "causal",
+    batch_size: Annotated[int, typer.Option(help="Sequences that a decode step serves.")] = 1,
+    bytes_per_value: Annotated[
+        int, typer.Option(help="Of weights and cache: 2 for bfloat16, 4 for float32.")
+    ] = 2,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Count parameters, FLOPs and bytes of a model, beside dense models of equal FLOPs and of equal width."""
+    from .flops_report import flops_report, print_flops_report
+
+    report = flops_report(
+        _read_config(config),
+        context=context,
+        convention=convention,  # type: ignore[arg-type]  # checked where it is used
+        batch_size=batch_size,
+        bytes_per_value=bytes_per_value,
+    )
+    if json_output:
+        _print_json({"config": config, **report})
+    else:
+        print_flops_report(config, report)
+
+
+# --- generate ---
+
+
+@app.command(
+    "generate", epilog='Example: moe-runtime generate runs/demo/models/btx --prompt "In the beginning"'
+)
+def generate_command(
+    path: Annotated[Path, typer.Argument(help="A checkpoint folder with its tokenizer.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the continuation at most.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the most likely token; above, tokens are drawn.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    static_cache: Annotated[
+        bool, typer.Option("--static-cache", help="Reserve the whole cache at once.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object when done.")] = False,
+) -> None:
+    """Continue a prompt; the text appears as it is made."""
+    import torch
+
+    from .generate import generate_text
+    from .hf.loading import load_causal_lm, load_tokenizer
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device must be cpu where there is no CUDA GPU, got {device!r}")
+    tokenizer = load_tokenizer(path)
+    model = load_causal_lm(path, device=device)
+    if not json_output:
+        print(prompt, end="", flush=True)
+    result = generate_text(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        static_cache=static_cache,
+        on_text=None if json_output else lambda text: print(text, end="", flush=True),
+    )
+    if json_output:
+        _print_json({**asdict(result), "tokens_per_second": result.new_tokens / result.seconds})
+        return
+    print()
+    rate = result.new_tokens / result.seconds
+    print(
+        f"{result.new_tokens} tokens, {rate:.1f} per second, stopped by {result.stopped_by}", file=sys.stderr
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
