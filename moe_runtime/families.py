@@ -1,7 +1,7 @@
 """What a config.json of a known model family means, as a `ModelConfig`. Needs neither torch nor transformers.
 
 Reads the files of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`). Keys that a file
-leaves out have the default of the family's own configuration class; sizes have none: every writer stores them.
+leaves out have the default of the family's own configuration class; sizes have none, as every writer has them.
 """
 
 from collections.abc import Callable, Mapping
@@ -266,4 +266,5 @@ def _window(keys: Mapping[str, Any], slides: list[bool]) -> dict[str, Any]:
         return {}
     if not window:
         raise ValueError("sliding_window must be set where layer_types holds 'sliding_attention', got none")
-    return {"sliding_window": window, "layer_types": tuple(types)}
+    alike = "full_attention" not in types
+    return {"sliding_window": window, "layer_types": None if alike else tuple(types)}

@@ -1,0 +1,16 @@
+"""Branch-Train-MiX: expert j is the feed-forward of source j; everything else is the mean of the sources.
+
+Source: Sukhbaatar et al. 2024. `non_expert: base` takes everything else from the base instead, as mergekit does.
+"""
+
+from upcycle.recipe import Recipe
+from upcycle.tasks import Assignment
+
+
+def assign(recipe: Recipe) -> Assignment:
+    experts = tuple(range(len(recipe.sources)))
+    # A base that is no expert is the plan's last source.
+    base = recipe.sources.index(recipe.base) if recipe.base in recipe.sources else len(recipe.sources)
+    return Assignment(
+        feed_forward=experts, attention=None, rest=experts if recipe.non_expert == "mean" else (base,)
+    )

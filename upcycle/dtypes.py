@@ -1,0 +1,30 @@
+"""bfloat16 in NumPy, which lacks it: numbers travel as their 16 bits."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+STORAGE = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+
+
+def to_float32(stored: NDArray, dtype: str) -> NDArray[np.float32]:
+    """Exact, for every stored type."""
+    if dtype == "BF16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32, copy=False)
+
+
+def from_float32(values: NDArray[np.float32], dtype: str) -> NDArray:
+    """Rounded to nearest, ties to even. Values must be finite; one too large for the type becomes infinite."""
+    if dtype == "BF16":
+        bits = values.view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    with np.errstate(over="ignore"):
+        return values.astype(STORAGE[dtype], copy=False)
+
+
+def all_finite(stored: NDArray, dtype: str) -> bool:
+    """True if no element is NaN or infinite."""
+    if dtype == "BF16":
+        # All eight exponent bits set.
+        return stored.size == 0 or int((stored & 0x7FFF).max()) < 0x7F80
+    return bool(np.isfinite(stored).all())

@@ -1,0 +1,167 @@
+"""Files of an output that are not weights: upcycle.json, the model card, and what is copied from the base."""
+
+import json
+import platform
+import re
+import shutil
+from hashlib import sha256
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_runtime.publishing import AUTO_MAP, published_files
+from upcycle.checkpoint import Checkpoint
+from upcycle.plan import UpcyclePlan
+
+RECORD_NAME = "upcycle.json"
+
+# What belongs to the base's tokenizer and its way of generating, and the terms it came under.
+_COPIED_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+)
+_HASH_BLOCK = 2**20
+
+
+def hash_file(path: Path) -> str:
+    digest = sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def record(plan: UpcyclePlan, hashes: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """The content of upcycle.json. The same run gives the same text: no times, no output path.
+
+    Args:
+        hashes: sha256 of each weight file, by source folder and file name.
+    """
+    recipe = plan.recipe.to_dict()
+    del recipe["output"]
+    return {
+        "method": plan.recipe.method,
+        "recipe": recipe,
+        "seed": plan.recipe.router.seed,
+        "sources": [
+            {
+                "path": str(source.folder.resolve()),
+                "model_type": source.config_json["model_type"],
+                "files": hashes[str(source.folder)],
+            }
+            for source in plan.sources
+        ],
+        "base": plan.sources.index(plan.base),
+        "assignment": {
+            "feed_forward": list(plan.assignment.feed_forward),
+            "attention": list(plan.assignment.attention) if plan.assignment.attention else None,
+            "rest": list(plan.assignment.rest),
+        },
+        "averaged": sorted({re.sub(r"\.\d+\.", ".*.", task.name) for task in plan.tasks if task.is_averaged}),
+        "parameters": plan.num_parameters,
+        "versions": {
+            "moe-runtime": _version("moe-runtime"),
+            "numpy": _version("numpy"),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def write_side_files(folder: Path, plan: UpcyclePlan, hashes: dict[str, dict[str, str]]) -> None:
+    """Everything but the weights and their index."""
+    config_json = dict(plan.config_json)
+    if plan.recipe.target == "moe_runtime":
+        config_json["auto_map"] = AUTO_MAP
+        for path in published_files():
+            copy_file(path, folder / path.name)
+    write_json(folder / "config.json", config_json)
+    write_json(folder / RECORD_NAME, record(plan, hashes))
+    write_text(folder / "README.md", model_card(plan))
+    for name in _COPIED_FILES:
+        if (plan.base.folder / name).is_file():
+            copy_file(plan.base.folder / name, folder / name)
+
+
+def model_card(plan: UpcyclePlan) -> str:
+    """README.md with the metadata that model hubs read."""
+    method = plan.recipe.method
+    front = {
+        "base_model": [_model_name(source) for source in plan.sources],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["moe", "upcycled", method],
+    }
+    recipe = plan.recipe.to_dict()
+    del recipe["output"]
+    remote_code = ", trust_remote_code=True" if plan.recipe.target == "moe_runtime" else ""
+    made = {
+        "copy": "Every expert starts as a copy of the dense feed-forward (sparse upcycling).",
+        "btx": "Feed-forward experts come from one source each (Branch-Train-MiX).",
+        "bam": "Feed-forward and attention experts come from one source each (BAM).",
+    }[method]
+    note = "" if plan.model.block == "parallel" or method != "bam" else (
+        "\nThe sources have sequential blocks, and so has this model: this is not the block of the BAM paper.\n"
+    )
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False)}---
+
+# {plan.config_json["model_type"]}, upcycled by {method}
+
+{made} {plan.num_parameters:,} parameters, {plan.model.num_experts} experts,
+{plan.model.num_experts_per_tok} per token.
+{note}
+It has not been trained since: its routers are random. `{RECORD_NAME}` holds the sources' hashes.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{remote_code})
+```
+
+## Recipe
+
+```yaml
+{yaml.safe_dump(recipe, sort_keys=False)}```
+"""
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o644)
+
+
+def copy_file(source: Path, to: Path) -> None:
+    shutil.copyfile(source, to)
+    to.chmod(0o644)
+
+
+def _model_name(source: Checkpoint) -> str:
+    """The name it was published under, where its config.json has one; else that of its folder."""
+    name = source.config_json.get("_name_or_path")
+    return name if name and not Path(name).is_absolute() else source.folder.resolve().name
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,220 @@
+"""Execute a plan: stream every tensor into a folder beside the output, then rename it.
+
+Whatever happens on the way, the output's name holds a whole model or nothing.
+"""
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from upcycle.checkpoint import INDEX_NAME, RowReader, Shard, index_json, make_shards, write_shard
+from upcycle.errors import UpcycleError
+from upcycle.plan import UpcyclePlan, make_plan_for
+from upcycle.provenance import hash_file, write_json, write_side_files
+from upcycle.recipe import Recipe, load_recipe, parse_size
+from upcycle.stream import chunks
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs into one output at once are then not noticed
+    fcntl = None  # type: ignore[assignment]
+
+# Room for everything that is no weight: configuration, tokenizer, card.
+_SIDE_FILES_BYTES = 100 * 10**6
+_LOCK_NAME = ".lock"
+
+
+@dataclass(frozen=True)
+class UpcycleResult:
+    """What was written, or with `dry_run` what would be."""
+
+    output: Path
+    plan: UpcyclePlan
+    files: tuple[str, ...]
+    dry_run: bool
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        return {
+            "output": str(self.output),
+            "dry_run": self.dry_run,
+            "method": self.plan.recipe.method,
+            "target": self.plan.recipe.target,
+            "sources": [str(source.folder) for source in self.plan.sources],
+            "files": list(self.files),
+            "tensors": len(self.plan.tasks),
+            "parameters": self.plan.num_parameters,
+            "bytes": self.plan.num_bytes,
+            "dtype": self.plan.dtype,
+            "seconds": self.seconds,
+        }
+
+
+def upcycle(recipe: Recipe | str | Path, *, dry_run: bool = False) -> UpcycleResult:
+    """Make the model that a recipe describes.
+
+    Args:
+        recipe: a recipe, or the path of a YAML file.
+        dry_run: check everything that can be checked without reading weights, and write nothing.
+
+    Raises:
+        UpcycleError: with one sentence; then the sources are untouched and nothing is left under the output's name.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    start = time.monotonic()
+    output = Path(recipe.output).expanduser()
+    _check_free(output)
+    plan = make_plan_for(recipe)
+    shards = make_shards(plan.tasks, parse_size(recipe.max_shard_size))
+    if not dry_run:
+        _check_disk(output, plan.num_bytes)
+        with _working_folder(output) as folder:
+            _write(folder, plan, shards)
+    names = tuple(shard.name for shard in shards)
+    return UpcycleResult(output, plan, names, dry_run, time.monotonic() - start)
+
+
+def _check_free(output: Path) -> None:
+    if output.exists() or output.is_symlink():
+        raise UpcycleError(f"{output} exists already; choose another output or remove it")
+
+
+def _check_disk(output: Path, num_bytes: int) -> None:
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes + _SIDE_FILES_BYTES:
+        raise UpcycleError(
+            f"{output} needs {num_bytes / 1e9:.2f} GB on disk, but {parent} has {free / 1e9:.2f} GB free; "
+            "make room or choose another output"
+        )
+
+
+# --- the folder that becomes the output ---
+
+
+@contextmanager
+def _working_folder(output: Path) -> Iterator[Path]:
+    """A folder beside the output. It takes the output's name when the body ends, and goes away when it fails."""
+    folder = output.with_name(f".{output.name}.incomplete")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        lock = _lock(folder, output)
+    except OSError as error:
+        raise UpcycleError(f"{output} cannot be written: {error.strerror}: {error.filename}") from error
+    try:
+        # What a killed run left behind.
+        for path in folder.iterdir():
+            if path.name != _LOCK_NAME:
+                path.unlink()
+        yield folder
+        _check_free(output)
+        (folder / _LOCK_NAME).unlink()
+        folder.rename(output)
+        _sync_folder(output.parent)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _as_upcycle_error(error, output) from error
+        raise
+    finally:
+        lock.close()
+
+
+def _lock(folder: Path, output: Path) -> IO[bytes]:
+    """Held until closed or until the process ends, however it ends."""
+    lock = (folder / _LOCK_NAME).open("wb")
+    if fcntl is not None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise UpcycleError(f"{output} is being written by another run; wait for it to end") from None
+    return lock
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the new name itself on the disk; only POSIX can open a folder."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _as_upcycle_error(error: OSError, output: Path) -> UpcycleError:
+    if error.errno == errno.ENOSPC:
+        return UpcycleError(f"the disk became full while {output} was written; make room or choose another output")
+    where = f": {error.filename}" if error.filename else ""
+    return UpcycleError(f"{output} could not be written: {error.strerror or error}{where}")
+
+
+# --- writing ---
+
+
+def _write(folder: Path, plan: UpcyclePlan, shards: tuple[Shard, ...]) -> None:
+    with ExitStack() as stack:
+        progress = stack.enter_context(_progress())
+        readers = [stack.enter_context(RowReader(source)) for source in plan.sources]
+        hashes = _hash_sources(plan, progress)
+        writing = progress.add_task(f"Writing {plan.recipe.output}", total=plan.num_bytes)
+        for shard in shards:
+
+            def pieces(shard: Shard = shard) -> Iterator[Any]:
+                for task in shard.tasks:
+                    for chunk in chunks(task, readers):
+                        yield chunk
+                        progress.advance(writing, chunk.nbytes)
+
+            write_shard(folder / shard.name, shard, pieces())
+        if len(shards) > 1:
+            write_json(folder / INDEX_NAME, index_json(shards))
+        write_side_files(folder, plan, hashes)
+
+
+def _hash_sources(plan: UpcyclePlan, progress: Progress) -> dict[str, dict[str, str]]:
+    paths = [source.folder / name for source in plan.sources for name in source.files]
+    hashing = progress.add_task("Reading the sources", total=sum(path.stat().st_size for path in paths))
+    hashes: dict[str, dict[str, str]] = {}
+    for source in plan.sources:
+        of_source = hashes.setdefault(str(source.folder), {})
+        for name in source.files:
+            if name not in of_source:
+                of_source[name] = hash_file(source.folder / name)
+            progress.advance(hashing, (source.folder / name).stat().st_size)
+    return hashes
+
+
+def _progress() -> Progress:
+    """Rate and time left on a terminal; silent elsewhere."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )

@@ -1,0 +1,98 @@
+"""The plan's words: where every byte of an output tensor comes from. Pure data, printable, compared in tests.
+
+Every tensor is seen as a matrix: the last axis makes the columns, all others the rows (a vector is one column).
+An output tensor is a stack of bands; a band is a row of pieces beside each other; a piece is a rectangle of a source
+tensor, or the mean of that rectangle over several sources. Reading band by band in row order writes the tensor from
+its first byte to its last, with a few rows in memory.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+# Names of safetensors headers.
+ITEM_SIZE = {"F32": 4, "BF16": 2, "F16": 2}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Columns `first_column` .. + `columns` of the matrix `tensor`, which has `width` columns, from `first_row` on.
+
+    With several `sources` (indices into the plan's sources) it is their mean, summed in float32.
+    """
+
+    tensor: str
+    sources: tuple[int, ...]
+    width: int
+    first_row: int = 0
+    first_column: int = 0
+    columns: int = 0  # 0: to the last column
+
+    def __post_init__(self) -> None:
+        if self.columns == 0:
+            object.__setattr__(self, "columns", self.width - self.first_column)
+
+
+@dataclass(frozen=True)
+class Band:
+    """`rows` rows of the output: the pieces beside each other."""
+
+    rows: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def columns(self) -> int:
+        return sum(piece.columns for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Independent normal numbers of mean 0. Drawn from (seed, label) alone, whatever else the run does."""
+
+    std: float
+    seed: int
+    label: str
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """All elements zero."""
+
+
+@dataclass(frozen=True)
+class TensorTask:
+    """One output tensor. `content` is a stack of bands, or a fill."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    content: tuple[Band, ...] | Normal | Zeros
+
+    def __post_init__(self) -> None:
+        if isinstance(self.content, tuple):
+            planned = sum(band.rows * band.columns for band in self.content)
+            assert planned == prod(self.shape), (
+                f"{self.name}: {planned} elements planned for shape {self.shape}"
+            )
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * ITEM_SIZE[self.dtype]
+
+    @property
+    def is_averaged(self) -> bool:
+        return isinstance(self.content, tuple) and any(
+            len(piece.sources) > 1 for band in self.content for piece in band.pieces
+        )
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which source each part of the output comes from (indices into the plan's sources)."""
+
+    feed_forward: tuple[int, ...]  # one per expert
+    attention: tuple[int, ...] | None  # one per attention expert; None: no mixture of attention
+    rest: tuple[int, ...]  # everything that is no expert: one source, or the mean of several
