@@ -1,1 +1,1 @@
-"""Speed, memory and FLOPs against dense baselines and peers. Run with `python -m benchmarks`; never installed."""
+"""Speed, memory and FLOPs against dense baselines and peers: `python -m benchmarks`. Never installed."""

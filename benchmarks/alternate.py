@@ -1,4 +1,4 @@
-"""Time several callables against each other in one process, in turns, so that a noisy machine hits all of them alike."""
+"""Time several callables in turns in one process, so that a noisy machine hits all of them alike."""
 
 import statistics
 import time
@@ -33,8 +33,10 @@ def _seconds(fn: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def time_alternately(fns: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, Timing]:
-    """Median seconds per callable; every round runs each once, in an order that rotates from round to round."""
+def time_alternately(
+    fns: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2
+) -> dict[str, Timing]:
+    """Seconds per callable; every round runs each once, in an order that rotates from round to round."""
     if rounds < 2:
         raise ValueError(f"rounds must be at least 2, so that there is a spread, got {rounds}")
     names = list(fns)

@@ -39,7 +39,9 @@ def test_links_resolve(page):
         path = (page.parent / file).resolve() if file else page
         assert path.exists(), f"{page.name} links to {target}, which is not there"
         if anchor:
-            assert anchor in heading_anchors(path), f"{page.name} links to {target}, but there is no such heading"
+            assert anchor in heading_anchors(path), (
+                f"{page.name} links to {target}, but there is no such heading"
+            )
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))

@@ -46,7 +46,9 @@ def files_importing(package: str) -> set[str]:
 
 
 def test_transformers_is_imported_only_under_hf():
-    assert {name for name in files_importing("transformers") if not name.startswith("moe_runtime/hf/")} == set()
+    assert {
+        name for name in files_importing("transformers") if not name.startswith("moe_runtime/hf/")
+    } == set()
 
 
 def test_triton_is_imported_only_by_kernel_files():
@@ -65,7 +67,9 @@ def test_kernels_import_nothing_of_the_runtime():
 
 @pytest.mark.parametrize("module", ["moe_runtime.config", "moe_runtime.families", "moe_runtime.flops"])
 def test_descriptions_load_without_torch(module):
-    loaded = run_python(f"import sys, {module}; print('torch' in sys.modules or 'transformers' in sys.modules)")
+    loaded = run_python(
+        f"import sys, {module}; print('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert loaded == "False"
 
 

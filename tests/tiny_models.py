@@ -4,7 +4,10 @@ from pathlib import Path
 
 import torch
 
-TEXT = "the quick brown fox jumps over the lazy dog and then it says hello to every other animal in the old forest . " * 8
+TEXT = (
+    "the quick brown fox jumps over the lazy dog and then it says hello to every other animal in the old forest . "
+    * 8
+)
 
 
 def save_tiny_tokenizer(folder: Path, vocab_size: int = 320) -> int:

@@ -1,0 +1,54 @@
+"""`python -m benchmarks run` times the suites; `… report` rewrites the tables made from their results."""
+
+import argparse
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import pytest
+
+    options = [
+        str(HERE),
+        "-q",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        f"--rootdir={HERE.parent}",
+        f"--results={arguments.output}",
+    ]
+    if arguments.tiny:
+        options.append("--tiny")
+    if arguments.only:
+        options += ["-k", arguments.only]
+    return int(pytest.main(options))
+
+
+def report(arguments: argparse.Namespace) -> int:
+    from benchmarks.report import write_pages
+
+    for path in write_pages(HERE.parent):
+        print(f"wrote {path}")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    timing = commands.add_parser("run", help="time the suites and write result files")
+    timing.add_argument("--output", type=Path, default=HERE / "results", help="folder of the result files")
+    timing.add_argument("--tiny", action="store_true", help="shapes of a second, to show that the suites run")
+    timing.add_argument("--only", help="run the benchmarks whose name contains this")
+    timing.set_defaults(call=run)
+    tables = commands.add_parser(
+        "report", help="rewrite README's table and docs/performance.md from the results"
+    )
+    tables.set_defaults(call=report)
+    arguments = parser.parse_args()
+    return arguments.call(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

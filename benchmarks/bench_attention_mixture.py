@@ -1,0 +1,107 @@
+"""Soft mixture of attention as one attention call, against a loop over its attention experts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_runtime.attention import MixtureOfAttention, rotary_tables, rotate
+from moe_runtime.config import AttentionConfig
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = {  # batch, length, width, heads, kv heads, width of a head, experts
+    "smollm2-135m": (1, 512, 576, 9, 3, 64, 4),
+    "bam-small": (1, 512, 1024, 8, 8, 128, 4),
+    "one-token-batch-16": (16, 1, 1024, 8, 8, 128, 4),
+}
+TINY = {"tiny": (1, 16, 32, 4, 2, 8, 2)}
+
+
+def expert_rows(layer: MixtureOfAttention, expert: int) -> tuple[Tensor, Tensor]:
+    """Rows of q_proj (columns of o_proj) of one attention expert, and rows of its k_proj and v_proj."""
+    config = layer.config
+    A, P = config.num_experts, config.head_dim
+    rows = torch.arange(config.total_heads * P)
+    if config.kv == "expert":
+        kv_rows = torch.arange(config.total_kv_heads * P).view(A, -1)[expert]
+        return rows.view(A, -1)[expert], kv_rows
+    in_groups = rows.view(config.num_kv_heads, A, -1)[:, expert].flatten()
+    return in_groups, torch.arange(config.num_kv_heads * P)
+
+
+def split_experts(layer: MixtureOfAttention) -> list[tuple[Tensor, ...]]:
+    """Each expert's own contiguous projections, as a loop would hold them."""
+    parts = []
+    for expert in range(layer.config.num_experts):
+        q_rows, kv_rows = expert_rows(layer, expert)
+        parts.append(
+            (
+                layer.q_proj.weight[q_rows].detach(),
+                layer.k_proj.weight[kv_rows].detach(),
+                layer.v_proj.weight[kv_rows].detach(),
+                layer.o_proj.weight[:, q_rows].detach().contiguous(),
+            )
+        )
+    return parts
+
+
+def attend_in_a_loop(
+    layer: MixtureOfAttention, parts: list[tuple[Tensor, ...]], x_BLD: Tensor, rotary
+) -> Tensor:
+    """The same layer, one attention call per expert; shared keys and values are projected once."""
+    config = layer.config
+    gate_BLA = layer.router(x_BLD.flatten(0, 1)).view(*x_BLD.shape[:2], -1)
+
+    def heads_of(weight: Tensor, rotated: bool) -> Tensor:
+        heads = F.linear(x_BLD, weight).unflatten(-1, (-1, config.head_dim))
+        return (rotate(heads, rotary) if rotated else heads).transpose(1, 2)
+
+    y_BLD, shared = torch.zeros_like(x_BLD), None
+    for expert, (q, k, v, o) in enumerate(parts):
+        if shared is None or config.kv == "expert":
+            shared = heads_of(k, True), heads_of(v, False)
+        attended = F.scaled_dot_product_attention(heads_of(q, True), *shared, is_causal=True, enable_gqa=True)
+        out_BLD = F.linear(attended.transpose(1, 2).flatten(2), o)
+        y_BLD = y_BLD + gate_BLA[..., expert, None].to(x_BLD.dtype) * out_BLD
+    return y_BLD
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kv", ["expert", "shared"])
+@pytest.mark.parametrize("shape", [*SHAPES, *TINY])
+def bench_attention_mixture(compare, tiny, shape, kv, dtype):
+    if (shape in TINY) != tiny:
+        pytest.skip("the other size of shapes was asked for")
+    B, L, D, H, kv_heads, P, A = {**SHAPES, **TINY}[shape]
+    torch.manual_seed(0)
+    config = AttentionConfig(
+        hidden_size=D, num_heads=H, num_kv_heads=kv_heads, head_dim=P, num_experts=A, kv=kv
+    )
+    layer = MixtureOfAttention(config).to(DEVICE, dtype).eval()
+    x_BLD = torch.randn(B, L, D, device=DEVICE).to(dtype)
+    rotary = rotary_tables(torch.arange(L, device=DEVICE)[None], P)
+    parts = split_experts(layer)
+    with torch.no_grad():
+        expected = attend_in_a_loop(layer, parts, x_BLD, rotary)
+        tolerance = 8 * torch.finfo(dtype).eps * expected.abs().max()
+
+        def check(name: str, out: Tensor) -> None:
+            assert (out - expected).abs().max() <= tolerance, (
+                f"{name} differs from the loop over attention experts"
+            )
+
+        compare(
+            "attention_mixture",
+            {
+                "shape": shape,
+                "kv": kv,
+                "dtype": str(dtype).removeprefix("torch."),
+                "tokens": B * L,
+                "experts": A,
+            },
+            {
+                "loop": lambda: attend_in_a_loop(layer, parts, x_BLD, rotary),
+                "one_call": lambda: layer(x_BLD, rotary),
+            },
+            check=check,
+        )
