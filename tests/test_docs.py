@@ -63,7 +63,7 @@ def test_readme_make_targets_exist(target):
 
 
 def test_readme_commands_run(tiny_checkpoint, tmp_path):
-    """The `moe-runtime` commands of README, in their order, on a tiny checkpoint where README has the real one."""
+    """README's `moe-runtime` commands, in their order, on a tiny checkpoint in the place of the real one."""
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "smollm2-135m").symlink_to(tiny_checkpoint)
     (tmp_path / "upcycle").symlink_to(ROOT / "upcycle")

@@ -1,11 +1,11 @@
-"""Tiny random checkpoints with a working tokenizer: everything a real folder has, small enough to write in a second."""
+"""Tiny random checkpoints with a working tokenizer: all that a real folder has, written in a second."""
 
 from pathlib import Path
 
 import torch
 
 TEXT = (
-    "the quick brown fox jumps over the lazy dog and then it says hello to every other animal in the old forest . "
+    "the quick brown fox jumps over the lazy dog and then it says hello to every other animal of the wood . "
     * 8
 )
 
@@ -33,7 +33,7 @@ def save_tiny_tokenizer(folder: Path, vocab_size: int = 320) -> int:
 
 
 def save_tiny_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """A random two-layer Llama with grouped-query attention, tied embeddings and norms that are not all ones."""
+    """A random two-layer Llama with grouped-query attention, tied embeddings and norms that differ from 1."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
