@@ -1,7 +1,8 @@
-"""Frozen descriptions of one layer each, and of a whole model. Torch-free, so that plans and FLOPs need no weights.
+"""Frozen descriptions of one layer each, and of a whole model. Torch-free, so that plans and FLOPs need no
+weights.
 
-`ModelConfig` is flat and uses the names of transformers' config.json; `ModelConfig.block(layer)` derives the nested
-configs that layers are built from. `moe_runtime.hf.configuration` maps it to one `PreTrainedConfig`.
+`ModelConfig` is flat and uses the names of transformers' config.json; `ModelConfig.block(layer)` derives the
+nested configs that layers are built from. `moe_runtime.hf.configuration` maps it to one `PreTrainedConfig`.
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ KeyValue = Literal["expert", "shared"]
 Norm = Literal["rms_norm", "layer_norm"]
 QKNorm = Literal["rms_norm", "layer_norm"] | None
 BlockKind = Literal["sequential", "parallel"]
+LayerType = Literal["full_attention", "sliding_attention"]
 
 
 def _check_choice(name: str, value: object, choices: object) -> None:
@@ -35,8 +37,9 @@ def _check_positive(config: object, *names: str) -> None:
 class RouterConfig:
     """How tokens choose experts, and what the gate of a chosen expert is.
 
-    `gate` over the K chosen scores s: `raw` s; `renorm` s / sum of chosen s; `straight_through` (K = 1 only) the value
-    1 forward and the gradient of s backward. `renorm` with softmax equals a softmax over the chosen logits (Mixtral).
+    `gate` over the K chosen scores s: `raw` s; `renorm` s / sum of chosen s; `straight_through` (K = 1 only)
+    the value 1 forward and the gradient of s backward. `renorm` with softmax equals a softmax over the chosen
+    logits (Mixtral).
     """
 
     hidden_size: int
@@ -49,7 +52,9 @@ class RouterConfig:
     groups_kept: int = 1
     group_score: GroupScore = "top2_sum"
     selection_bias: bool = False  # a per-expert bias on selection only, moved by `update_selection_bias`
-    aux_only: bool = False  # allow K = 1 with renorm in training: the language-model loss then never reaches the router
+    aux_only: bool = (
+        False  # allow K = 1 with renorm in training, though only auxiliary losses train the router
+    )
 
     def __post_init__(self) -> None:
         _check_positive(self, "hidden_size", "num_experts", "experts_per_token", "num_groups", "groups_kept")
@@ -58,18 +63,22 @@ class RouterConfig:
         _check_choice("group_score", self.group_score, GroupScore)
         if self.experts_per_token > self.num_experts:
             raise ValueError(
-                f"experts_per_token must be between 1 and num_experts ({self.num_experts}), got {self.experts_per_token}"
+                f"experts_per_token must be between 1 and num_experts ({self.num_experts}), "
+                f"got {self.experts_per_token}"
             )
         if self.gate == "straight_through" and self.experts_per_token != 1:
             raise ValueError(
-                f"gate 'straight_through' needs experts_per_token = 1, got {self.experts_per_token}; use 'renorm'"
+                f"experts_per_token must be 1 with gate 'straight_through', got {self.experts_per_token}; "
+                "use 'renorm'"
             )
         if self.num_experts % self.num_groups:
             raise ValueError(
                 f"num_groups must divide num_experts ({self.num_experts}), got {self.num_groups}"
             )
         if self.groups_kept > self.num_groups:
-            raise ValueError(f"groups_kept must be at most num_groups ({self.num_groups}), got {self.groups_kept}")
+            raise ValueError(
+                f"groups_kept must be at most num_groups ({self.num_groups}), got {self.groups_kept}"
+            )
         if self.groups_kept * (self.num_experts // self.num_groups) < self.experts_per_token:
             raise ValueError(
                 f"groups_kept must leave at least experts_per_token ({self.experts_per_token}) experts, got "
@@ -79,7 +88,7 @@ class RouterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForwardConfig:
-    """A dense feed-forward layer (`router` is None) or a Mixture of Experts, with an optional shared expert."""
+    """A dense feed-forward layer (`router` is None), or a Mixture of Experts, maybe with a shared expert."""
 
     hidden_size: int
     intermediate_size: int  # width of one expert, or of the dense layer
@@ -97,10 +106,13 @@ class FeedForwardConfig:
         if not 0.0 <= self.expert_dropout < 1.0:
             raise ValueError(f"expert_dropout must be in [0, 1), got {self.expert_dropout}")
         if self.shared_intermediate_size < 0:
-            raise ValueError(f"shared_intermediate_size must not be negative, got {self.shared_intermediate_size}")
+            raise ValueError(
+                f"shared_intermediate_size must not be negative, got {self.shared_intermediate_size}"
+            )
         if self.router is not None and self.router.hidden_size != self.hidden_size:
             raise ValueError(
-                f"router.hidden_size must equal hidden_size ({self.hidden_size}), got {self.router.hidden_size}"
+                f"router.hidden_size must equal hidden_size ({self.hidden_size}), "
+                f"got {self.router.hidden_size}"
             )
 
 
@@ -108,8 +120,8 @@ class FeedForwardConfig:
 class AttentionConfig:
     """Attention, or a mixture of attention over `num_experts` experts. Head counts are per expert.
 
-    `kv`: every expert has its own keys and values (`expert`), or all read one set (`shared`).
-    `top_k`: None mixes all experts softly; a number keeps the k largest gates of each token and zeroes the others.
+    `kv`: every expert has its own keys and values (`expert`), or all read one set (`shared`). `top_k`: None
+    mixes all experts softly; a number keeps the k largest gates of each token and zeroes the others.
     """
 
     hidden_size: int
@@ -131,9 +143,13 @@ class AttentionConfig:
         _check_positive(self, "hidden_size", "num_heads", "num_kv_heads", "head_dim", "num_experts")
         _check_choice("kv", self.kv, KeyValue)
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads must divide num_heads ({self.num_heads}), got {self.num_kv_heads}")
+            raise ValueError(
+                f"num_kv_heads must divide num_heads ({self.num_heads}), got {self.num_kv_heads}"
+            )
         if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(f"top_k must be between 1 and num_experts ({self.num_experts}), got {self.top_k}")
+            raise ValueError(
+                f"top_k must be between 1 and num_experts ({self.num_experts}), got {self.top_k}"
+            )
 
     @property
     def total_heads(self) -> int:
@@ -146,7 +162,10 @@ class AttentionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """One transformer layer. `parallel`: y = x + attention(n1(x)) + feed_forward(n2(x)), n2 = n1 when num_norms is 1."""
+    """One transformer layer.
+
+    `parallel`: y = x + attention(n1(x)) + feed_forward(n2(x)), n2 = n1 when num_norms is 1.
+    """
 
     attention: AttentionConfig
     feed_forward: FeedForwardConfig
@@ -161,16 +180,19 @@ class BlockConfig:
         _check_choice("norm", self.norm, Norm)
         if self.kind == "sequential" and self.num_norms != 2:
             raise ValueError(f"num_norms must be 2 in a sequential block, got {self.num_norms}")
+        if self.norm == "rms_norm" and self.norm_bias:
+            raise ValueError("norm_bias must be False with norm 'rms_norm', which has no bias; got True")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A causal language model: dense, MoE, or with mixtures of attention. Names follow transformers' config.json.
+    """A causal language model: dense, MoE, or with mixtures of attention. Names follow transformers'
+    config.json.
 
-    `num_attention_heads` and `num_key_value_heads` are totals over the attention experts, as serving engines size
-    their caches from them; with `attention_kv="shared"` the key-value heads are counted once. Layers that are not in
-    `attention_mixture_layers` (None: all) have one attention expert; layers not in `moe_layers` (None: all) a dense
-    feed-forward of `intermediate_size`.
+    `num_attention_heads` and `num_key_value_heads` are totals over the attention experts, as serving engines
+    size their caches from them; with `attention_kv="shared"` the key-value heads are counted once. Layers
+    that are not in `attention_mixture_layers` (None: all) have one attention expert; layers not in
+    `moe_layers` (None: all) a dense feed-forward of `intermediate_size`.
     """
 
     vocab_size: int
@@ -184,11 +206,13 @@ class ModelConfig:
     attention_bias: bool = False
     attention_output_bias: bool = False
     qk_norm: QKNorm = None
-    rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    rope_parameters: dict[str, Any] = field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
+    )
     rope_interleaved: bool = False
     max_position_embeddings: int = 2048
     sliding_window: int | None = None
-    layer_types: tuple[str, ...] | None = None  # transformers' "full_attention" / "sliding_attention"; None: all alike
+    layer_types: tuple[LayerType, ...] | None = None  # None: all alike, sliding if sliding_window is set
     num_attention_experts: int = 1
     attention_kv: KeyValue = "expert"
     attention_top_k: int | None = None
@@ -237,24 +261,35 @@ class ModelConfig:
                     raise ValueError(
                         f"{name} must name layers between 0 and {self.num_hidden_layers - 1}, got {layer}"
                     )
-        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"layer_types must have num_hidden_layers ({self.num_hidden_layers}) entries, got "
-                f"{len(self.layer_types)}"
-            )
+        self._check_layer_types()
         A = self.num_attention_experts
         if self.num_attention_heads % A:
             raise ValueError(
-                f"num_attention_heads is the total over num_attention_experts ({A}) and must be a multiple of it, got "
-                f"{self.num_attention_heads}"
+                f"num_attention_heads is a total and must be a multiple of num_attention_experts ({A}), "
+                f"got {self.num_attention_heads}"
             )
         if self.attention_kv == "expert" and self.num_key_value_heads % A:
             raise ValueError(
-                f"num_key_value_heads is the total over num_attention_experts ({A}) and must be a multiple of it when "
+                f"num_key_value_heads is a total and must be a multiple of num_attention_experts ({A}) when "
                 f"attention_kv is 'expert', got {self.num_key_value_heads}"
             )
         for layer in range(self.num_hidden_layers):
             self.block_config(layer)  # every layer's own checks, at the time the model is described
+
+    def _check_layer_types(self) -> None:
+        if self.layer_types is None:
+            return
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types must have num_hidden_layers ({self.num_hidden_layers}) entries, got "
+                f"{len(self.layer_types)}"
+            )
+        for kind in self.layer_types:
+            _check_choice("layer_types", kind, LayerType)
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError(
+                "sliding_window must be a number where layer_types has 'sliding_attention', got None"
+            )
 
     # --- per layer ---
 
@@ -271,8 +306,8 @@ class ModelConfig:
         return self.num_experts > 0 and (self.moe_layers is None or layer in self.moe_layers)
 
     def is_attention_mixture_layer(self, layer: int) -> bool:
-        everywhere = self.attention_mixture_layers is None
-        return self.num_attention_experts > 1 and (everywhere or layer in self.attention_mixture_layers)
+        listed = self.attention_mixture_layers
+        return self.num_attention_experts > 1 and (listed is None or layer in listed)
 
     def attention_config(self, layer: int) -> AttentionConfig:
         slides = self.layer_types is None or self.layer_types[layer] == "sliding_attention"
@@ -337,10 +372,12 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, under the names of the fields."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
-        """Build from a config.json of this model type; keys that are not fields are transformers' own and ignored."""
+        """Build from a config.json of this model type; keys that are not fields are ignored."""
         names = {f.name for f in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in names})

@@ -51,6 +51,12 @@ class MoeRuntimeConfig(PreTrainedConfig):
         if described.num_experts > 0:
             self.output_router_logits = kwargs.pop("output_router_logits", False)
         super().__post_init__(**kwargs)
+        width = int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
+        if width % 2 or not 0 < width <= self.head_dim:
+            raise ValueError(
+                "head_dim * rope_parameters['partial_rotary_factor'] must be an even width of at most "
+                f"head_dim ({self.head_dim}), got {width}"
+            )
 
     def model_config(self) -> ModelConfig:
         """The checked description that layers are built from. Raises ValueError where a field is wrong."""
