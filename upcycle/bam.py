@@ -1,7 +1,7 @@
 """BAM: attention expert j and feed-forward expert j both come from source j; everything else is averaged.
 
-Source: Zhang et al. 2024. With shared keys and values their projections are averaged too, and query heads are stored
-`[key-value head][expert][head in group]`, so that the queries of one key-value head are neighbours.
+Source: Zhang et al. 2024. With shared keys and values their projections are averaged too, and query heads are
+stored `[key-value head][expert][head in group]`, so that the queries of one key-value head are neighbours.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ def assign(recipe: Recipe) -> Assignment:
 
 
 def query_runs(layout: Layout) -> list[tuple[int, int, int]]:
-    """(attention expert, first head, number of heads) of neighbouring query heads, in the order they are stored."""
+    """(attention expert, first head, number of heads) of neighbouring query heads, in stored order."""
     A, H = layout.model.num_attention_experts, layout.dense.num_attention_heads
     kv_heads = layout.dense.num_key_value_heads
     if layout.model.attention_kv == "expert":
@@ -50,7 +50,7 @@ def _source(layout: Layout, expert: int) -> tuple[int, ...]:
 
 
 def _projected(layout: Layout, prefix: str, runs: list[tuple[int, int, int]]) -> Iterator[TensorTask]:
-    """One of the query, key and value projections with its bias and head norm, head by head from its own source."""
+    """A query, key or value projection with its bias and head norm: each expert's heads from its source."""
     dense, P = layout.dense, layout.dense.head_dim
     heads = sum(count for _, _, count in runs)
 
@@ -82,7 +82,7 @@ def _shared(layout: Layout, prefix: str) -> Iterator[TensorTask]:
 
 
 def _output(layout: Layout, prefix: str, runs: list[tuple[int, int, int]]) -> Iterator[TensorTask]:
-    """The output projection: columns in the order of the query heads; one bias per expert, scaled by its gate."""
+    """The output projection, columns in the order of the query heads; its bias is one per expert."""
     dense, D, P = layout.dense, layout.dense.hidden_size, layout.dense.head_dim
     A, H = layout.model.num_attention_experts, layout.dense.num_attention_heads
     weight, bias = f"{prefix}.o_proj.weight", f"{prefix}.o_proj.bias"

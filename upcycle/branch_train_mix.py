@@ -1,6 +1,6 @@
 """Branch-Train-MiX: expert j is the feed-forward of source j; everything else is the mean of the sources.
 
-Source: Sukhbaatar et al. 2024. `non_expert: base` takes everything else from the base instead, as mergekit does.
+Source: Sukhbaatar et al. 2024. `non_expert: base` takes everything else from the base, as mergekit does.
 """
 
 from upcycle.recipe import Recipe

@@ -1,17 +1,17 @@
-"""Safetensors checkpoints, streamed: a reader that checks every header, and a writer that starts with the header.
+"""Safetensors checkpoints, streamed: a reader that checks every header, a writer that starts with the header.
 
-A file is the header's length (8 bytes, little endian), a JSON header `{name: {dtype, shape, data_offsets}}`, then the
-tensors' bytes without gaps. A sharded checkpoint has an index that says which file holds which tensor.
+A file is the header's length (8 bytes, little endian), a JSON header `{name: {dtype, shape, data_offsets}}`,
+then the tensors' bytes without gaps. A sharded checkpoint has an index: which file holds which tensor.
 """
 
 import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,19 +41,10 @@ class StoredTensor:
 class Checkpoint:
     """A folder with config.json and safetensors files whose headers have been checked."""
 
-    given_path: str  # as the recipe has it
     folder: Path
     config_json: dict[str, Any]
     tensors: dict[str, StoredTensor]
     files: tuple[str, ...]
-
-    @cached_property
-    def vocabulary(self) -> dict[str, Any] | None:
-        """Token -> id (or the model's own form of it) of tokenizer.json; None without that file."""
-        path = self.folder / "tokenizer.json"
-        if not path.exists():
-            return None
-        return _read_json(path).get("model", {}).get("vocab")
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -68,10 +59,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     config_path = folder / "config.json"
     if not config_path.exists():
         raise UpcycleError(f"{config_path} is missing; a checkpoint folder must hold it")
-    config_json = _read_json(config_path)
+    config_json = read_json(config_path)
     index = folder / INDEX_NAME
     if index.exists():
-        tensors = _sharded(folder, _read_json(index))
+        tensors = _sharded(folder, read_json(index))
     elif (folder / SINGLE_NAME).exists():
         tensors = read_header(folder / SINGLE_NAME)
     else:
@@ -79,7 +70,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}; save the model as safetensors first"
         )
     files = tuple(sorted({tensor.file for tensor in tensors.values()}))
-    return Checkpoint(str(path), folder, config_json, tensors, files)
+    return Checkpoint(folder, config_json, tensors, files)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -109,8 +100,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         tensors[name] = StoredTensor(path.name, dtype, shape, 8 + length + start)
     if 8 + length + position != size:
         raise UpcycleError(
-            f"{path} is truncated or damaged: it must have {8 + length + position} bytes by its header, got {size}; "
-            "fetch it again"
+            f"{path} is truncated or damaged: by its header it must have {8 + length + position} bytes, "
+            f"got {size}; fetch it again"
         )
     return tensors
 
@@ -127,8 +118,8 @@ def _sharded(folder: Path, index: dict[str, Any]) -> dict[str, StoredTensor]:
         for name, tensor in read_header(path).items():
             if weight_map.get(name) != file:
                 raise UpcycleError(
-                    f"{path} holds tensor {name}, which {INDEX_NAME} places in {weight_map.get(name, 'no file')}; "
-                    "fetch the index and the shards from one place"
+                    f"{path} holds tensor {name}, which {INDEX_NAME} places in "
+                    f"{weight_map.get(name, 'no file')}; fetch the index and the shards from one place"
                 )
             tensors[name] = tensor
     for name, file in weight_map.items():
@@ -140,7 +131,7 @@ def _sharded(folder: Path, index: dict[str, Any]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -155,7 +146,7 @@ class RowReader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, FileIO] = {}
 
     def __enter__(self) -> "RowReader":
         return self
@@ -165,7 +156,7 @@ class RowReader:
             file.close()
 
     def rows(self, name: str, width: int, first: int, count: int) -> NDArray:
-        """`count` rows from `first` on of a tensor seen as a matrix of `width` columns, in its stored type."""
+        """`count` rows from `first` on of a tensor seen as a matrix of `width` columns, as stored."""
         tensor = self.checkpoint.tensors[name]
         storage = STORAGE[tensor.dtype]
         path = self.checkpoint.folder / tensor.file
@@ -174,7 +165,7 @@ class RowReader:
         values = np.empty((count, width), storage)
         file = self._files[tensor.file]
         file.seek(tensor.start + first * width * storage.itemsize)
-        left = memoryview(values.reshape(-1).view(np.uint8))
+        left = values.reshape(-1).view(np.uint8).data
         while left:
             got = file.readinto(left)
             if not got:
@@ -248,12 +239,12 @@ def write_shard(path: Path, shard: Shard, chunks: Iterator[NDArray]) -> None:
     with path.open("wb", buffering=0) as file:
         _write_all(file, shard.header())
         for chunk in chunks:
-            _write_all(file, memoryview(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)))
+            _write_all(file, np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
         os.fsync(file.fileno())
     path.chmod(0o644)
 
 
-def _write_all(file: BinaryIO, data: bytes | memoryview) -> None:
+def _write_all(file: FileIO, data: bytes | memoryview) -> None:
     left = memoryview(data)
     while left:
         left = left[file.write(left) :]

@@ -1,9 +1,11 @@
 """bfloat16 in NumPy, which lacks it: numbers travel as their 16 bits."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-STORAGE = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+STORAGE: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 def to_float32(stored: NDArray, dtype: str) -> NDArray[np.float32]:
@@ -14,7 +16,7 @@ def to_float32(stored: NDArray, dtype: str) -> NDArray[np.float32]:
 
 
 def from_float32(values: NDArray[np.float32], dtype: str) -> NDArray:
-    """Rounded to nearest, ties to even. Values must be finite; one too large for the type becomes infinite."""
+    """Rounded to nearest, ties to even; a finite value too large for the type becomes infinite."""
     if dtype == "BF16":
         bits = values.view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

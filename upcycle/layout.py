@@ -1,4 +1,4 @@
-"""Tensor tasks that all methods share: tensors that are no expert, and the experts of a feed-forward layer."""
+"""Tensor tasks that all methods share: tensors that are no expert, and the experts of a feed-forward."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

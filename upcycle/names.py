@@ -21,7 +21,7 @@ def layer(number: int) -> str:
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """Names below a layer. `fused`: the experts of a layer are stacked in two tensors, gate rows above up rows."""
+    """Names below a layer. `fused`: all experts of a layer in two tensors, gate rows above up rows."""
 
     router: str
     fused: bool
@@ -41,40 +41,48 @@ EXPERT_NAMES = {
 }
 
 
-def norm_names(config: ModelConfig) -> tuple[str, ...]:
-    """The norms of one layer, below the layer."""
-    return ("input_layernorm", "post_attention_layernorm")[: config.num_norms]
-
-
 def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a dense checkpoint of this description must hold, with its shape."""
-    D, F = config.hidden_size, config.intermediate_size
-    heads, kv_heads, P = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, D), f"{FINAL_NORM}.weight": (D,)}
+    table = (config.vocab_size, config.hidden_size)
+    shapes = {EMBEDDING: table, **_norm_shapes(FINAL_NORM, config)}
     if not config.tie_word_embeddings:
-        shapes[HEAD] = (config.vocab_size, D)
-    if config.norm_bias:
-        shapes[f"{FINAL_NORM}.bias"] = (D,)
+        shapes[HEAD] = table
     for number in range(config.num_hidden_layers):
-        prefix = layer(number)
-        for norm in norm_names(config):
-            shapes[f"{prefix}.{norm}.weight"] = (D,)
-            if config.norm_bias:
-                shapes[f"{prefix}.{norm}.bias"] = (D,)
-        for name, rows in (("q", heads * P), ("k", kv_heads * P), ("v", kv_heads * P)):
-            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (rows, D)
-            if config.attention_bias:
-                shapes[f"{prefix}.self_attn.{name}_proj.bias"] = (rows,)
-        shapes[f"{prefix}.self_attn.o_proj.weight"] = (D, heads * P)
-        if config.attention_output_bias:
-            shapes[f"{prefix}.self_attn.o_proj.bias"] = (D,)
-        if config.qk_norm is not None:
-            # Qwen3 has one row for all heads, Cohere a row per head.
-            one_row = config.qk_norm == "rms_norm"
-            shapes[f"{prefix}.self_attn.q_norm.weight"] = (P,) if one_row else (heads, P)
-            shapes[f"{prefix}.self_attn.k_norm.weight"] = (P,) if one_row else (kv_heads, P)
-        for name, rows, columns in (("gate", F, D), ("up", F, D), ("down", D, F)):
-            shapes[f"{prefix}.mlp.{name}_proj.weight"] = (rows, columns)
-            if config.mlp_bias:
-                shapes[f"{prefix}.mlp.{name}_proj.bias"] = (rows,)
+        for norm in ("input_layernorm", "post_attention_layernorm")[: config.num_norms]:
+            shapes |= _norm_shapes(f"{layer(number)}.{norm}", config)
+        shapes |= _attention_shapes(f"{layer(number)}.self_attn", config)
+        shapes |= _feed_forward_shapes(f"{layer(number)}.mlp", config)
     return shapes
+
+
+def _norm_shapes(prefix: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    kinds = ("weight", "bias") if config.norm_bias else ("weight",)
+    return {f"{prefix}.{kind}": (config.hidden_size,) for kind in kinds}
+
+
+def _projection_shapes(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    weight: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, columns)}
+    return weight | {f"{name}.bias": (rows,)} if bias else weight
+
+
+def _attention_shapes(prefix: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    D, P = config.hidden_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    shapes = _projection_shapes(f"{prefix}.q_proj", heads * P, D, config.attention_bias)
+    for name in ("k_proj", "v_proj"):
+        shapes |= _projection_shapes(f"{prefix}.{name}", kv_heads * P, D, config.attention_bias)
+    shapes |= _projection_shapes(f"{prefix}.o_proj", D, heads * P, config.attention_output_bias)
+    if config.qk_norm == "rms_norm":  # Qwen3: one row for all heads
+        shapes |= {f"{prefix}.q_norm.weight": (P,), f"{prefix}.k_norm.weight": (P,)}
+    elif config.qk_norm == "layer_norm":  # Cohere: one row per head
+        shapes |= {f"{prefix}.q_norm.weight": (heads, P), f"{prefix}.k_norm.weight": (kv_heads, P)}
+    return shapes
+
+
+def _feed_forward_shapes(prefix: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    D, F = config.hidden_size, config.intermediate_size
+    return {
+        **_projection_shapes(f"{prefix}.gate_proj", F, D, config.mlp_bias),
+        **_projection_shapes(f"{prefix}.up_proj", F, D, config.mlp_bias),
+        **_projection_shapes(f"{prefix}.down_proj", D, F, config.mlp_bias),
+    }

@@ -1,14 +1,14 @@
 """Recipe and sources -> plan: everything a run will do, decided and checked before a weight is read."""
 
+import filecmp
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from moe_runtime.config import ModelConfig
 from moe_runtime.families import DENSE_FAMILIES, model_config
 from upcycle import bam, branch_train_mix, names, sparse_copy
-from upcycle.checkpoint import Checkpoint, open_checkpoint
+from upcycle.checkpoint import Checkpoint, open_checkpoint, read_json
 from upcycle.errors import RecipeError, UpcycleError
 from upcycle.layout import Layout, feed_forward_tasks, unmixed_task
 from upcycle.recipe import Recipe
@@ -47,13 +47,13 @@ def make_plan_for(recipe: Recipe) -> UpcyclePlan:
     """Decide every tensor of the output. Reads configurations and file headers, no weights.
 
     Raises:
-        UpcycleError: a source is missing, damaged, of an unknown family or unlike the others, or the target format
-            cannot express the output.
+        UpcycleError: a source is missing, damaged, of an unknown family or unlike the others, or the target
+            format cannot express the output.
     """
-    sources = tuple(open_checkpoint(path) for path in _source_paths(recipe))
-    base = next(source for source in sources if source.given_path == recipe.base)
+    paths = _source_paths(recipe)
+    sources = tuple(open_checkpoint(path) for path in paths)
     dense_configs = [_dense_config(source) for source in sources]
-    dense = dense_configs[sources.index(base)]
+    base, dense = sources[paths.index(recipe.base)], dense_configs[paths.index(recipe.base)]
     for source, config in zip(sources, dense_configs, strict=True):
         _check_same_model(base, dense, source, config)
         _check_tensors(source, names.dense_shapes(config))
@@ -152,7 +152,8 @@ def _dense_config(source: Checkpoint) -> ModelConfig:
     family = source.config_json.get("model_type")
     if family not in DENSE_FAMILIES:
         raise UpcycleError(
-            f"{source.folder}/config.json: model_type must be one of {', '.join(DENSE_FAMILIES)}, got {family!r}"
+            f"{source.folder}/config.json: model_type must be one of {', '.join(DENSE_FAMILIES)}, "
+            f"got {family!r}"
         )
     try:
         return model_config(source.config_json)
@@ -166,8 +167,8 @@ def _check_same_model(base: Checkpoint, dense: ModelConfig, source: Checkpoint, 
         # A longer window than it was trained with changes no weight and no function.
         if ours != theirs and field.name != "max_position_embeddings":
             raise UpcycleError(
-                f"the sources must be branches of one dense model, but {field.name} is {ours!r} in {base.folder} and "
-                f"{theirs!r} in {source.folder}"
+                f"the sources must be branches of one dense model, but {field.name} is {ours!r} in "
+                f"{base.folder} and {theirs!r} in {source.folder}"
             )
 
 
@@ -182,8 +183,8 @@ def _check_tensors(source: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> No
             )
         if tensor.dtype not in _TORCH_DTYPE:
             raise UpcycleError(
-                f"{source.folder}: tensor {name} must be of type {', '.join(_TORCH_DTYPE)}, got {tensor.dtype}; "
-                "de-quantise the checkpoint first"
+                f"{source.folder}: tensor {name} must be of type {', '.join(_TORCH_DTYPE)}, "
+                f"got {tensor.dtype}; de-quantise the checkpoint first"
             )
     for name in source.tensors:
         if name not in shapes and name != names.HEAD and not name.endswith(names.IGNORED_SUFFIX):
@@ -196,10 +197,12 @@ def _check_tensors(source: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> No
 def _check_vocabularies(base: Checkpoint, sources: tuple[Checkpoint, ...]) -> None:
     """Tokens must mean the same in all sources, as far as their tokenizer.json files can tell."""
     for source in sources:
-        if base.vocabulary and source.vocabulary and base.vocabulary != source.vocabulary:
+        ours, theirs = base.folder / "tokenizer.json", source.folder / "tokenizer.json"
+        if not ours.exists() or not theirs.exists() or filecmp.cmp(ours, theirs, shallow=False):
+            continue
+        if read_json(ours).get("model", {}).get("vocab") != read_json(theirs).get("model", {}).get("vocab"):
             raise UpcycleError(
-                f"the sources must share one vocabulary, but tokenizer.json differs between {base.folder} and "
-                f"{source.folder}"
+                f"the sources must share one vocabulary, but that of {ours} differs from that of {theirs}"
             )
 
 
@@ -208,9 +211,9 @@ def _check_block(recipe: Recipe, base: Checkpoint, dense: ModelConfig) -> None:
         return
     family = base.config_json["model_type"]
     why = {
-        "parallel": "in their layers the feed-forward reads the attention's result, and a parallel block would compute "
-        "something else; leave 'block' out for a mixture in sequential blocks, or start from a cohere model",
-        "sequential": "their attention and feed-forward read the same norm, and a sequential block would need a second "
-        "one; leave 'block' out",
+        "parallel": "their feed-forward reads the attention's result, and a parallel block would compute "
+        "something else; leave 'block' out to keep sequential blocks, or start from a cohere model",
+        "sequential": "their attention and feed-forward read the same norm, and a sequential block would "
+        "need a second one; leave 'block' out",
     }[recipe.block]
     raise RecipeError(f"block {recipe.block!r} cannot be made from {family} sources: {why}")

@@ -114,8 +114,9 @@ def model_card(plan: UpcyclePlan) -> str:
         "btx": "Feed-forward experts come from one source each (Branch-Train-MiX).",
         "bam": "Feed-forward and attention experts come from one source each (BAM).",
     }[method]
-    note = "" if plan.model.block == "parallel" or method != "bam" else (
-        "\nThe sources have sequential blocks, and so has this model: this is not the block of the BAM paper.\n"
+    own_block = method != "bam" or plan.model.block == "parallel"
+    note = (
+        "" if own_block else "\nIts blocks are sequential, as its sources': not the block of the BAM paper.\n"
     )
     return f"""---
 {yaml.safe_dump(front, sort_keys=False)}---

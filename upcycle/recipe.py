@@ -67,8 +67,8 @@ class Recipe:
     """One upcycling run.
 
     `copy` reads `base` alone. `btx` and `bam` read `sources`, one expert from each; `base`, the first source
-    unless named, then gives tokenizer and configuration, and with `non_expert: base` also every tensor that is no
-    expert. Values left out are filled with the method's own: a built recipe says everything that will happen.
+    unless named, then gives tokenizer and configuration, and with `non_expert: base` also every tensor that
+    is no expert. Values left out are filled with the method's own: a built recipe says all that will happen.
     """
 
     method: Method
@@ -125,11 +125,11 @@ class Recipe:
         else:
             if len(self.sources) < 2:
                 raise RecipeError(
-                    f"method {self.method!r} needs two or more 'sources', one per expert, got {len(self.sources)}"
+                    f"method {self.method!r} needs two or more 'sources', got {len(self.sources)}"
                 )
             if self.experts not in (None, len(self.sources)):
                 raise RecipeError(
-                    f"experts must be left out or the number of sources, {len(self.sources)}, got {self.experts}"
+                    f"experts must be left out or be the {len(self.sources)} sources, got {self.experts}"
                 )
             if self.base and self.base not in self.sources and self.non_expert == "mean":
                 raise RecipeError(
@@ -162,7 +162,7 @@ class Recipe:
             )
         if self.router.gate == "renorm" and self.experts_per_token == 1:
             raise RecipeError(
-                "router.gate 'renorm' with experts_per_token 1 makes every gate 1 and the router never learns; "
+                "router.gate 'renorm' with experts_per_token 1 makes every gate 1, so the router never learns; "
                 "use 'straight_through' for the same function with a router that learns, or 'raw'"
             )
         if self.router.gate == "straight_through" and self.experts_per_token != 1:

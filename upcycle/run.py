@@ -7,11 +7,11 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -75,7 +75,7 @@ def upcycle(recipe: Recipe | str | Path, *, dry_run: bool = False) -> UpcycleRes
         dry_run: check everything that can be checked without reading weights, and write nothing.
 
     Raises:
-        UpcycleError: with one sentence; then the sources are untouched and nothing is left under the output's name.
+        UpcycleError: with one sentence; the sources are then untouched, and nothing has the output's name.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
@@ -114,12 +114,12 @@ def _check_disk(output: Path, num_bytes: int) -> None:
 
 @contextmanager
 def _working_folder(output: Path) -> Iterator[Path]:
-    """A folder beside the output. It takes the output's name when the body ends, and goes away when it fails."""
+    """A folder beside the output, renamed to it when the body ends and removed when the body fails."""
     folder = output.with_name(f".{output.name}.incomplete")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(exist_ok=True)
-        lock = _lock(folder, output)
+        release = _lock(folder, output)
     except OSError as error:
         raise UpcycleError(f"{output} cannot be written: {error.strerror}: {error.filename}") from error
     try:
@@ -129,7 +129,7 @@ def _working_folder(output: Path) -> Iterator[Path]:
                 path.unlink()
         yield folder
         _check_free(output)
-        (folder / _LOCK_NAME).unlink()
+        (folder / _LOCK_NAME).unlink(missing_ok=True)
         folder.rename(output)
         _sync_folder(output.parent)
     except BaseException as error:
@@ -138,19 +138,20 @@ def _working_folder(output: Path) -> Iterator[Path]:
             raise _as_upcycle_error(error, output) from error
         raise
     finally:
-        lock.close()
+        release()
 
 
-def _lock(folder: Path, output: Path) -> IO[bytes]:
-    """Held until closed or until the process ends, however it ends."""
+def _lock(folder: Path, output: Path) -> Callable[[], None]:
+    """Hold the folder until the returned function is called or the process ends, however it ends."""
+    if fcntl is None:
+        return lambda: None
     lock = (folder / _LOCK_NAME).open("wb")
-    if fcntl is not None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise UpcycleError(f"{output} is being written by another run; wait for it to end") from None
-    return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UpcycleError(f"{output} is being written by another run; wait for it to end") from None
+    return lock.close
 
 
 def _sync_folder(folder: Path) -> None:
@@ -165,7 +166,9 @@ def _sync_folder(folder: Path) -> None:
 
 def _as_upcycle_error(error: OSError, output: Path) -> UpcycleError:
     if error.errno == errno.ENOSPC:
-        return UpcycleError(f"the disk became full while {output} was written; make room or choose another output")
+        return UpcycleError(
+            f"the disk became full while {output} was written; make room or choose another output"
+        )
     where = f": {error.filename}" if error.filename else ""
     return UpcycleError(f"{output} could not be written: {error.strerror or error}{where}")
 

@@ -72,7 +72,8 @@ def _piece_rows(
     cast = from_float32(np.ascontiguousarray(total / np.float32(len(stored))), task.dtype)
     if not all_finite(cast, task.dtype):
         raise UpcycleError(
-            f"{task.name}: a value of {piece.tensor} is too large for {task.dtype}; choose 'dtype: bfloat16' or float32"
+            f"{task.name}: a value of {piece.tensor} is too large for {task.dtype}; "
+            "set 'dtype' to bfloat16 or float32"
         )
     return cast
 

@@ -1,7 +1,8 @@
 """config.json of each output format, and the proof that the format can say what the output computes.
 
-Nothing is decided by a list of family pairs: the file that would be written is read back by `families.model_config`,
-and must describe the very model that was asked for. The first field that differs is the reason for a refusal.
+Nothing is decided by a list of family pairs: the file that would be written is read back by
+`families.model_config` and must describe the very model that was asked for. The first field that differs is
+the reason for a refusal.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,9 +1,8 @@
 """The plan's words: where every byte of an output tensor comes from. Pure data, printable, compared in tests.
 
-Every tensor is seen as a matrix: the last axis makes the columns, all others the rows (a vector is one column).
-An output tensor is a stack of bands; a band is a row of pieces beside each other; a piece is a rectangle of a source
-tensor, or the mean of that rectangle over several sources. Reading band by band in row order writes the tensor from
-its first byte to its last, with a few rows in memory.
+An output tensor is a stack of bands; a band is a row of pieces beside each other; a piece is a rectangle of a
+source tensor seen as a matrix, or the mean of that rectangle over several sources. Band after band, row after
+row, that is the tensor from its first byte to its last, with a few rows in memory.
 """
 
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ ITEM_SIZE = {"F32": 4, "BF16": 2, "F16": 2}
 
 @dataclass(frozen=True)
 class Piece:
-    """Columns `first_column` .. + `columns` of the matrix `tensor`, which has `width` columns, from `first_row` on.
+    """`columns` columns from `first_column` on of `tensor` seen with `width` columns, from `first_row` on.
 
-    With several `sources` (indices into the plan's sources) it is their mean, summed in float32.
+    `sources` are indices into the plan's sources; of several, the piece is the mean, summed in float32.
     """
 
     tensor: str

@@ -1,0 +1,121 @@
+"""The `upcycle` and `verify` commands of `moe-runtime`, as plain functions."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from upcycle.plan import UpcyclePlan
+from upcycle.recipe import load_recipe
+from upcycle.run import UpcycleResult, upcycle
+from upcycle.tasks import Normal, TensorTask, Zeros
+from upcycle.verify import verify
+
+
+def upcycle_command(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option(help="Write here instead of the recipe's 'output'.", show_default=False)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and print the plan; write nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Make a Mixture-of-Experts model from dense ones: moe-runtime upcycle recipe.yaml"""
+    loaded = load_recipe(recipe)
+    if output is not None:
+        loaded = replace(loaded, output=str(output))
+    result = upcycle(loaded, dry_run=dry_run)
+    if as_json:
+        tensors = {"plan": _rows(result.plan)} if dry_run else {}
+        typer.echo(json.dumps({**result.to_dict(), **tensors}, indent=2))
+        return
+    console = Console()
+    if dry_run:
+        console.print(_plan_table(result.plan))
+    console.print(_summary(result), highlight=False)
+
+
+def verify_command(
+    path: Annotated[Path, typer.Argument(help="Folder that upcycle wrote.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Compare an upcycled model with the dense model it came from: moe-runtime verify runs/my-moe
+
+    The exit code is 1 if the method keeps the function and the logits differ.
+    """
+    result = verify(path)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+    else:
+        console = Console()
+        table = Table(show_header=False, box=None)
+        table.add_row("model", f"{result.path} ({result.method}, {result.target})")
+        table.add_row("base", result.base)
+        table.add_row("largest difference of a logit", f"{result.max_abs_diff:.2e}")
+        table.add_row("largest logit of the base", f"{result.max_abs_logit:.2e}")
+        if result.must_be_equal:
+            table.add_row("must be equal", f"yes, within {result.tolerance:.0e}")
+        else:
+            table.add_row("must be equal", "no: " + "; ".join(result.not_equal_because))
+        table.add_row("result", "passed" if result.passed else "FAILED")
+        console.print(table)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+# --- what is printed ---
+
+
+def _summary(result: UpcycleResult) -> str:
+    plan = result.plan
+    done = "Would write" if result.dry_run else "Wrote"
+    took = "" if result.dry_run else f" in {result.seconds:.1f} s"
+    return (
+        f"{done} {result.output}: {plan.num_parameters:,} parameters, {plan.num_bytes / 1e9:.2f} GB "
+        f"({plan.dtype}) in {len(result.files)} file(s){took}"
+    )
+
+
+def _rows(plan: UpcyclePlan) -> list[dict[str, Any]]:
+    """One row for tensors that differ in numbers of layer and expert only."""
+    rows: dict[tuple[str, tuple[int, ...], str], int] = {}
+    for task in plan.tasks:
+        key = (re.sub(r"\.\d+(?=\.)", ".*", task.name), task.shape, _made_from(task))
+        rows[key] = rows.get(key, 0) + 1
+    return [
+        {"name": name, "count": count, "shape": list(shape), "from": made}
+        for (name, shape, made), count in rows.items()
+    ]
+
+
+def _made_from(task: TensorTask) -> str:
+    match task.content:
+        case Zeros():
+            return "zeros"
+        case Normal(std=std, seed=seed):
+            return f"normal, std {std}, seed {seed}"
+        case bands:
+            pieces = [piece for band in bands for piece in band.pieces]
+            tensors = dict.fromkeys(re.sub(r"^model\.layers\.\d+\.", "", piece.tensor) for piece in pieces)
+            sources = sorted({source for piece in pieces for source in piece.sources})
+            verb = "mean" if task.is_averaged else "copy"
+            return f"{verb} of {', '.join(tensors)} from source {', '.join(map(str, sources))}"
+
+
+def _plan_table(plan: UpcyclePlan) -> Table:
+    table = Table(title=f"{plan.recipe.method} to {plan.recipe.target}", title_justify="left")
+    for heading in ("tensor", "count", "shape", "from"):
+        table.add_column(heading, justify="right" if heading == "count" else "left", overflow="fold")
+    for row in _rows(plan):
+        table.add_row(row["name"], str(row["count"]), " x ".join(map(str, row["shape"])), row["from"])
+    for number, source in enumerate(plan.sources):
+        table.caption = f"{table.caption or ''}source {number}: {source.folder}\n"
+    table.caption_justify = "left"
+    return table

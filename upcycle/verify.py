@@ -1,0 +1,137 @@
+"""Load an output and its base, and compare what they compute."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_runtime.config import ModelConfig
+from moe_runtime.families import model_config
+from upcycle.checkpoint import open_checkpoint, read_json
+from upcycle.errors import UpcycleError
+from upcycle.provenance import RECORD_NAME, hash_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Largest difference of a logit that counts as equal: weights kept, and weights rounded to 16 bits.
+TOLERANCE = 1e-4
+ROUNDED_TOLERANCE = 5e-2
+
+_SEQUENCES, _LENGTH = 2, 32
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Comparison of an output with its base, both run in float32 on the same tokens.
+
+    `not_equal_because` is empty where the method keeps the function; then `max_abs_diff` must be within `tolerance`.
+    Elsewhere the difference is only reported, and the logits must be finite.
+    """
+
+    path: str
+    base: str
+    method: str
+    target: str
+    max_abs_diff: float  # over all logits
+    max_abs_logit: float  # of the base
+    finite: bool
+    not_equal_because: tuple[str, ...]
+    tolerance: float
+
+    @property
+    def must_be_equal(self) -> bool:
+        return not self.not_equal_because
+
+    @property
+    def passed(self) -> bool:
+        return self.finite and (not self.must_be_equal or self.max_abs_diff < self.tolerance)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        return {**asdict(self), "must_be_equal": self.must_be_equal, "passed": self.passed}
+
+
+def verify(path: str | Path) -> Verification:
+    """Compare the logits of an upcycled model with its base's on fixed tokens.
+
+    Raises:
+        UpcycleError: the folder is not an upcycled model, or its base is gone or has changed.
+        ValueError: the weights do not fit the config.json.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / RECORD_NAME).exists():
+        raise UpcycleError(f"{folder} holds no {RECORD_NAME}; verify takes a folder that upcycle wrote")
+    record = read_json(folder / RECORD_NAME)
+    output = open_checkpoint(folder)
+    source = record["sources"][record["base"]]
+    base = open_checkpoint(source["path"])
+    for name, expected in source["files"].items():
+        if hash_file(base.folder / name) != expected:
+            raise UpcycleError(f"{base.folder / name} has changed since {folder} was made from it")
+    model = model_config(output.config_json)
+    dtype = next(
+        tensor.dtype for name, tensor in output.tensors.items() if name.endswith("embed_tokens.weight")
+    )
+    kept = dtype == "F32" or all(tensor.dtype == dtype for tensor in base.tensors.values())
+    tokens = _tokens(model)
+    expected_logits = _logits(base.folder, tokens)
+    logits = _logits(folder, tokens)
+    return Verification(
+        path=str(folder),
+        base=str(base.folder),
+        method=record["method"],
+        target=output.config_json["model_type"],
+        max_abs_diff=(logits - expected_logits).abs().max().item(),
+        max_abs_logit=expected_logits.abs().max().item(),
+        finite=bool(logits.isfinite().all()),
+        not_equal_because=differences(record, model),
+        tolerance=TOLERANCE if kept else ROUNDED_TOLERANCE,
+    )
+
+
+def differences(record: dict[str, Any], model: ModelConfig) -> tuple[str, ...]:
+    """Why an output need not compute what its base computes; empty if it must.
+
+    Args:
+        record: upcycle.json of the output.
+        model: its description.
+    """
+    reasons = []
+    assignment = record["assignment"]
+    used = {
+        *assignment["feed_forward"],
+        *(assignment["attention"] or ()),
+        *assignment["rest"],
+        record["base"],
+    }
+    if len({tuple(sorted(record["sources"][number]["files"].values())) for number in used}) > 1:
+        reasons.append("the sources differ")
+    all_chosen = model.num_experts_per_tok == model.num_experts and model.router_score == "softmax"
+    if model.router_gate == "raw" and not all_chosen:
+        reasons.append("router.gate 'raw' scales each expert's output by its score")
+    if model.router_scale != 1.0:
+        reasons.append(f"router.scale multiplies every gate by {model.router_scale}")
+    some_heads = model.attention_top_k not in (None, model.num_attention_experts)
+    if some_heads and not model.attention_top_k_renorm:
+        reasons.append("attention.top_k leaves out experts without renormalising the gates of the others")
+    return tuple(reasons)
+
+
+def _tokens(model: ModelConfig) -> "Tensor":
+    import torch
+
+    length = min(_LENGTH, model.max_position_embeddings)
+    drawn = np.random.Generator(np.random.Philox(key=0)).integers(model.vocab_size, size=(_SEQUENCES, length))
+    return torch.from_numpy(drawn)
+
+
+def _logits(folder: Path, tokens: "Tensor") -> "Tensor":
+    """Of one model at a time, so that two never share the memory."""
+    import torch
+
+    from moe_runtime.hf.loading import load_causal_lm
+
+    with torch.inference_mode():
+        return load_causal_lm(folder, dtype=torch.float32)(tokens, use_cache=False).logits.float()
