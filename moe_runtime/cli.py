@@ -23,7 +23,7 @@ app = typer.Typer(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    0 is success; 2 a mistake of the user, told in one sentence on stderr; 1 a fault of ours; 130 an interrupt.
+    0 success; 2 a mistake of the user, told in one sentence on stderr; 1 a fault of ours; 130 an interrupt.
     `--debug`, anywhere among the arguments, lets the exception through with its traceback.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)

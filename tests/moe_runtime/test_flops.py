@@ -3,6 +3,9 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from moe_runtime_kernels.flop_formulas import register_flop_formulas
+from torch.utils.flop_counter import FlopCounterMode
 
 from moe_runtime.config import ModelConfig
 from moe_runtime.flops import (
@@ -21,6 +24,7 @@ from moe_runtime.flops import (
     six_n,
     training_flops,
 )
+from moe_runtime.hf import MoeRuntimeConfig, MoeRuntimeForCausalLM
 from moe_runtime.shapes import SHAPES, named_shape
 
 TOTAL = {
@@ -270,6 +274,118 @@ def test_compute_matched_tokens_spend_the_same_flops():
     spent, budget = tokens * training_flops(dense, 256), 1_000_000 * training_flops(config, 256)
     assert 0 <= budget - spent < training_flops(dense, 256)
     assert "compute_matched" in matched_regimes(config, 1_000_000, dense, tokens, context=256, tolerance=1e-6)
+
+
+# --- PyTorch's counter on real models ---
+
+DENSE = ModelConfig(
+    vocab_size=40,
+    hidden_size=24,
+    intermediate_size=28,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
+MOE = replace(DENSE, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=12)
+BAM = replace(
+    MOE,
+    num_experts_per_tok=1,
+    router_gate="raw",
+    num_attention_experts=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+)
+PARALLEL = {"block": "parallel", "num_norms": 1, "norm": "layer_norm"}
+MODELS = {
+    "dense": DENSE,
+    "dense-parallel-tied": replace(DENSE, **PARALLEL, tie_word_embeddings=True),
+    "dense-biases-no-gate": replace(
+        DENSE,
+        attention_bias=True,
+        attention_output_bias=True,
+        mlp_bias=True,
+        gated_mlp=False,
+        hidden_act="gelu",
+    ),
+    "moe": MOE,
+    "moe-some-layers": replace(MOE, moe_layers=(1,), qk_norm="rms_norm"),
+    "moe-shared": replace(MOE, shared_expert_intermediate_size=20, shared_expert_gate=True, mlp_bias=True),
+    "bam-expert-kv": BAM,
+    "bam-expert-kv-parallel": replace(BAM, **PARALLEL),
+    "bam-shared-kv": replace(BAM, attention_kv="shared", num_key_value_heads=2, attention_top_k=1),
+    "bam-shared-kv-parallel": replace(BAM, **PARALLEL, attention_kv="shared", num_key_value_heads=2),
+    "bam-some-layers-biases": replace(
+        BAM,
+        attention_mixture_layers=(0, 2),
+        attention_bias=True,
+        attention_output_bias=True,
+        norm="layer_norm",
+        norm_bias=True,
+    ),
+    "sliding-window": replace(MOE, sliding_window=4),
+}
+BATCH, LENGTH = 2, 9
+
+
+def build(config, attention):
+    torch.manual_seed(0)
+    config = MoeRuntimeConfig.from_model_config(config)
+    config._attn_implementation = attention
+    return MoeRuntimeForCausalLM(config).train()
+
+
+def counted(model, *, backward):
+    register_flop_formulas()
+    token_ids = torch.randint(DENSE.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
+    with FlopCounterMode(display=False) as counter:
+        logits = model(token_ids, use_cache=False).logits
+        if backward:
+            logits.backward(torch.randn(logits.shape))
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_those_of_the_model(name):
+    model = build(MODELS[name], "sdpa")
+    assert model_parameters(MODELS[name]).total() == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_flops_are_those_pytorch_counts(name, attention):
+    tokens = BATCH * LENGTH
+    expected = tokens * model_flops(MODELS[name], LENGTH, "full").total()
+    assert counted(build(MODELS[name], attention), backward=False) == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_flops_are_those_pytorch_counts(name):
+    expected = BATCH * LENGTH * training_flops(MODELS[name], LENGTH, "full")
+    assert counted(build(MODELS[name], "eager"), backward=True) == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fused_attention_computes_its_scores_again_in_backward(name):
+    """Backward is 5 products for the 2 of forward, where 4 are charged: half of the scores' FLOPs more."""
+    config, tokens = MODELS[name], BATCH * LENGTH
+    again = model_flops(config, LENGTH, "full")["attention_scores"] // 2
+    expected = tokens * (training_flops(config, LENGTH, "full") + again)
+    assert counted(build(config, "sdpa"), backward=True) == expected
+
+
+@pytest.mark.parametrize("name", ["dense", "moe-shared", "bam-shared-kv-parallel"])
+def test_checkpointing_recomputes_the_layers(name):
+    """Not the head, and not a dense layer's last product: PyTorch stops when backward has what it needs."""
+    config = MODELS[name]
+    model = build(config, "eager")
+    # the new name from transformers 5.18 on, where the old one warns
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    not_again = model_flops(config, LENGTH)["head"]
+    if config.num_experts == 0:
+        not_again += config.num_hidden_layers * 2 * config.hidden_size * config.intermediate_size
+    expected = BATCH * LENGTH * (training_flops(config, LENGTH, "full", recompute=True) - not_again)
+    assert counted(model, backward=True) == expected
 
 
 # --- errors ---
