@@ -162,7 +162,7 @@ class Recipe:
             )
         if self.router.gate == "renorm" and self.experts_per_token == 1:
             raise RecipeError(
-                "router.gate 'renorm' with experts_per_token 1 makes every gate 1, so the router never learns; "
+                "router.gate 'renorm' with experts_per_token 1 makes every gate 1 and no router learns; "
                 "use 'straight_through' for the same function with a router that learns, or 'raw'"
             )
         if self.router.gate == "straight_through" and self.experts_per_token != 1:

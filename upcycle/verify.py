@@ -26,8 +26,8 @@ _SEQUENCES, _LENGTH = 2, 32
 class Verification:
     """Comparison of an output with its base, both run in float32 on the same tokens.
 
-    `not_equal_because` is empty where the method keeps the function; then `max_abs_diff` must be within `tolerance`.
-    Elsewhere the difference is only reported, and the logits must be finite.
+    `not_equal_because` is empty where the method keeps the function; then `max_abs_diff` must be within
+    `tolerance`. Elsewhere the difference is only reported, and the logits must be finite.
     """
 
     path: str
