@@ -1,61 +1,98 @@
-"""Tiny random checkpoints with a working tokenizer: all that a real folder has, written in a second."""
+"""Tiny random models and runs for tests of layers and of the causal LM."""
 
-from pathlib import Path
+import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-TEXT = (
-    "the quick brown fox jumps over the lazy dog and then it says hello to every other animal of the wood . "
-    * 8
-)
+from moe_runtime.hf import MoeRuntimeConfig, MoeRuntimeForCausalLM
+
+VOCAB_SIZE = 61
+
+DENSE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.2,  # wide, so that attention and routing are far from uniform
+}
+MOE = DENSE | {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+BAM = MOE | {
+    "block": "parallel",
+    "num_norms": 1,
+    "num_attention_experts": 3,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 6,
+}
+BAM_SHARED_KV = BAM | {"attention_kv": "shared", "num_key_value_heads": 2}
+KINDS = {"dense": DENSE, "moe": MOE, "bam": BAM, "bam-shared-kv": BAM_SHARED_KV}
 
 
-def save_tiny_tokenizer(folder: Path, vocab_size: int = 320) -> int:
-    """Train a byte-level BPE tokenizer of at most `vocab_size` entries; returns its size."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
-    fast.save_pretrained(folder)
-    return len(fast)
-
-
-def save_tiny_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """A random two-layer Llama with grouped-query attention, tied embeddings and norms that differ from 1."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder.mkdir(parents=True, exist_ok=True)
-    vocab_size = save_tiny_tokenizer(folder)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
+def tiny_model(kind: dict[str, Any] = MOE, *, seed: int = 0, **changes: Any) -> MoeRuntimeForCausalLM:
+    """A random model in eval mode; norms are perturbed, because all-ones weights would hide their absence."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config)
+    model = MoeRuntimeForCausalLM(MoeRuntimeConfig(**(kind | changes))).eval()
+    perturb(model)
+    return model
+
+
+def perturb(module: nn.Module) -> None:
+    """Random vectors where initialisation left constants: norms, biases."""
+    for parameter in module.parameters():
+        if parameter.dim() == 1 or (parameter == parameter.flatten()[0]).all():
+            nn.init.normal_(parameter, mean=0.5, std=0.3)
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random numbers that are the same, rounded, in every dtype."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def outcome(call: Callable[[nn.Module, Tensor], Tensor], module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The output, the gradient of x and those of all parameters, under a random upstream gradient."""
+    x = x.detach().clone().requires_grad_()
+    module.zero_grad()
+    y = call(module, x)
+    y.backward(randn(*y.shape, seed=99).to(y.dtype))
+    grads = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    return {"output": y.detach(), "dx": x.grad} | grads
+
+
+# Two orders of summation of one layer differ by rounding only. These bounds are in units of the data's rms; a
+# wrong head, norm or gate is off by 1e-1 or more. (The yardstick of close.py bounds one kernel's error by
+# another's, which is a toss-up for the worst element of a whole layer.)
+ROUNDING = {torch.float64: 1e-11, torch.float32: 1e-5}
+
+
+def assert_equal_up_to_rounding(name: str, actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert actual.dtype == expected.dtype, f"{name}: {actual.dtype}, expected {expected.dtype}"
+    rms = expected.square().mean().sqrt()
+    assert rms > 0, f"{name}: all zeros are expected, so this compares nothing"
+    error = ((actual - expected).abs().max() / rms).item()
+    assert error <= ROUNDING[actual.dtype], f"{name}: worst error {error:.2e} of the data's rms"
+
+
+def assert_same_function(
+    actual: Callable[[nn.Module, Tensor], Tensor],
+    reference: Callable[[nn.Module, Tensor], Tensor],
+    module: nn.Module,
+    x: Tensor,
+) -> None:
+    """Two ways to compute one module agree: in float64 with all gradients, and in float32."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    model.to(dtype).save_pretrained(folder)
-    return folder
+        assert_equal_up_to_rounding("output in float32", actual(module, x), reference(module, x))
+    module, x = copy.deepcopy(module).double(), x.double()
+    mine, theirs = outcome(actual, module, x), outcome(reference, module, x)
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert_equal_up_to_rounding(name, mine[name], value)

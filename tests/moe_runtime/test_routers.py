@@ -1,0 +1,189 @@
+"""Routers: gates, gradients, float32 arithmetic, the selection bias, padding."""
+
+import pytest
+import torch
+from tiny_models import randn
+
+from moe_runtime.config import RouterConfig
+from moe_runtime.losses import load_balancing_loss, z_loss
+from moe_runtime.routers import INITIAL_STD, SoftRouter, TopKRouter
+
+D, E, T = 16, 6, 29
+
+
+def router(**options) -> TopKRouter:
+    torch.manual_seed(0)
+    made = TopKRouter(
+        RouterConfig(**({"hidden_size": D, "num_experts": E, "experts_per_token": 2} | options))
+    )
+    torch.nn.init.normal_(made.weight)
+    return made
+
+
+@pytest.mark.parametrize("gate", ["raw", "renorm"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_gates_are_the_chosen_scores(score, gate):
+    layer, x_TD = router(score=score, gate=gate, scale=1.5), randn(T, D)
+    routing = layer(x_TD)
+    score_TE = routing.logits_TE.softmax(-1) if score == "softmax" else routing.logits_TE.sigmoid()
+    weight_TK, expert_TK = score_TE.topk(2)
+    weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True) if gate == "renorm" else weight_TK
+    torch.testing.assert_close(routing.logits_TE, x_TD @ layer.weight.T, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(routing.weight_TK, 1.5 * weight_TK, rtol=1e-6, atol=1e-7)
+    assert (routing.expert_TK == expert_TK).all()
+    assert (routing.count_E == torch.bincount(expert_TK.flatten(), minlength=E)).all()
+
+
+def test_renorm_equals_a_softmax_over_the_chosen_logits():
+    routing = router()(randn(T, D))
+    chosen_TK = routing.logits_TE.gather(1, routing.expert_TK.long())
+    torch.testing.assert_close(routing.weight_TK, chosen_TK.softmax(-1))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_arithmetic_is_float32_in_a_bfloat16_model(autocast):
+    layer, x_TD = router().bfloat16(), randn(T, D, dtype=torch.bfloat16)
+    with torch.autocast("cpu", enabled=autocast):
+        routing = layer(x_TD)
+    exact_TE = x_TD.double() @ layer.weight.double().T
+    assert routing.logits_TE.dtype == routing.weight_TK.dtype == torch.float32
+    assert (routing.logits_TE - exact_TE).abs().max() < 1e-5  # bfloat16 would be off by 1e-2
+
+
+def test_float32_model_keeps_float32_under_autocast():
+    layer, x_TD = router(), randn(T, D)
+    with torch.autocast("cpu"):
+        under = layer(x_TD)
+    assert torch.equal(under.logits_TE, layer(x_TD).logits_TE)
+
+
+class TestConstantGate:
+    """renorm with one expert per token is always 1, so the loss would never train the router."""
+
+    def test_training_raises(self):
+        with pytest.raises(
+            ValueError, match=r"gate must not be 'renorm' with experts_per_token = 1 in training"
+        ):
+            router(experts_per_token=1).train()(randn(T, D))
+
+    def test_everything_but_training_is_allowed(self):
+        layer, x_TD = router(experts_per_token=1), randn(T, D)
+        assert (layer.eval()(x_TD).weight_TK == 1).all()
+        with torch.no_grad():
+            layer.train()(x_TD)
+        layer.weight.requires_grad_(False)
+        layer.train()(x_TD)
+
+    def test_auxiliary_losses_alone_may_be_asked_for(self):
+        layer = router(experts_per_token=1, aux_only=True).train()
+        layer(randn(T, D)).balance_loss.backward()
+        assert layer.weight.grad.abs().max() > 0
+
+    @pytest.mark.parametrize("gate", ["raw", "straight_through"])
+    def test_other_gates_train_the_router(self, gate):
+        layer = router(experts_per_token=1, gate=gate).train()
+        routing = layer(randn(T, D))
+        (routing.weight_TK * randn(T, 1, seed=1)).sum().backward()
+        assert layer.weight.grad.abs().max() > 0
+        assert (routing.weight_TK == 1).all() == (gate == "straight_through")
+
+    def test_straight_through_has_the_gradient_of_the_raw_gate(self):
+        grads = []
+        for gate in ("raw", "straight_through"):
+            layer = router(experts_per_token=1, gate=gate).train()
+            (layer(randn(T, D)).weight_TK * randn(T, 1, seed=1)).sum().backward()
+            grads.append(layer.weight.grad)
+        torch.testing.assert_close(*grads)
+
+
+class TestSelectionBias:
+    def test_moves_the_choice_and_not_the_gate(self):
+        layer, x_TD = router(selection_bias=True, gate="raw"), randn(T, D)
+        layer.selection_bias[4] = 10.0
+        routing = layer(x_TD)
+        assert routing.count_E[4] == T
+        score_TE = routing.logits_TE.softmax(-1)
+        torch.testing.assert_close(routing.weight_TK, score_TE.gather(1, routing.expert_TK.long()))
+
+    def test_update_moves_towards_the_mean_load(self):
+        layer = router(selection_bias=True)
+        layer.update_selection_bias(torch.tensor([9, 3, 6, 6, 0, 12], dtype=torch.int32), gamma=0.5)
+        assert layer.selection_bias.tolist() == [-0.5, 0.5, 0.0, 0.0, 0.5, -0.5]
+
+    def test_repeated_updates_balance_the_load(self):
+        layer, x_TD = router(selection_bias=True, score="sigmoid"), randn(600, D)
+        before = layer(x_TD).count_E
+        for _ in range(300):
+            layer.update_selection_bias(layer(x_TD).count_E, gamma=5e-3)
+        after = layer(x_TD).count_E
+        assert (after.max() - after.min()) * 5 < before.max() - before.min()
+
+    def test_is_saved_and_has_no_gradient(self):
+        layer = router(selection_bias=True)
+        assert set(layer.state_dict()) == {"weight", "selection_bias"}
+        assert [name for name, _ in layer.named_parameters()] == ["weight"]
+        assert set(router().state_dict()) == {"weight"}
+
+    def test_update_without_a_bias_raises(self):
+        with pytest.raises(ValueError, match="selection_bias must be True in the RouterConfig to be updated"):
+            router().update_selection_bias(torch.ones(E))
+
+
+def test_padding_is_routed_but_counts_nowhere():
+    layer, x_TD, mask_T = router(), randn(T, D), torch.arange(T) % 3 > 0
+    routing = layer(x_TD, mask_T)
+    assert routing.weight_TK.shape == (T, 2)
+    assert routing.count_E.sum() == 2 * mask_T.sum()
+    kept_TE = routing.logits_TE[mask_T]
+    balance = load_balancing_loss(kept_TE.softmax(-1), routing.count_E, 2)
+    assert routing.balance_loss.item() == pytest.approx(balance.item(), rel=1e-5)
+    assert routing.z_loss.item() == pytest.approx(z_loss(kept_TE).item(), rel=1e-5)
+
+
+def test_groups_limit_the_choice():
+    routing = router(num_groups=3, groups_kept=1)(randn(T, D))
+    assert (routing.expert_TK[:, 0] // 2 == routing.expert_TK[:, 1] // 2).all()
+
+
+def test_weights_are_never_zero_at_first():
+    for layer in (
+        TopKRouter(RouterConfig(hidden_size=256, num_experts=64, experts_per_token=2)),
+        SoftRouter(256, 64),
+    ):
+        assert layer.weight.std().item() == pytest.approx(INITIAL_STD, rel=0.05)
+
+
+class TestSoftRouter:
+    def test_all_experts_share_a_softmax(self):
+        layer, x_TD = SoftRouter(D, E).bfloat16(), randn(T, D, dtype=torch.bfloat16)
+        gate_TA = layer(x_TD)
+        assert gate_TA.dtype == torch.float32
+        exact_TA = (x_TD.double() @ layer.weight.double().T).softmax(-1)
+        assert (gate_TA - exact_TA).abs().max() < 1e-6
+
+    @pytest.mark.parametrize("renormalise", [False, True])
+    def test_top_k_zeroes_the_rest(self, renormalise):
+        layer, x_TD = SoftRouter(D, E, top_k=2, renormalise=renormalise), randn(T, D)
+        gate_TA = layer(x_TD)
+        value_TK, expert_TK = (x_TD @ layer.weight.T).softmax(-1).topk(2)
+        value_TK = value_TK / value_TK.sum(-1, keepdim=True) if renormalise else value_TK
+        torch.testing.assert_close(gate_TA.gather(1, expert_TK), value_TK)
+        assert ((gate_TA > 0).sum(-1) == 2).all()
+
+    def test_ties_go_to_the_lowest_expert(self):
+        layer = SoftRouter(D, E, top_k=2)
+        torch.nn.init.zeros_(layer.weight)
+        assert (layer(randn(T, D)) > 0).int().tolist() == [[1, 1, 0, 0, 0, 0]] * T
+
+    def test_constant_gate_raises_in_training(self):
+        layer = SoftRouter(D, E, top_k=1, renormalise=True)
+        with pytest.raises(ValueError, match="renormalise must be False with top_k = 1 in training"):
+            layer.train()(randn(T, D))
+        assert (layer.eval()(randn(T, D)).sum(-1) == 1).all()
+
+    @pytest.mark.parametrize("top_k", [0, E + 1])
+    def test_impossible_top_k_raises(self, top_k):
+        with pytest.raises(
+            ValueError, match=rf"top_k must be between 1 and num_experts \({E}\), got {top_k}"
+        ):
+            SoftRouter(D, E, top_k=top_k)
