@@ -1,11 +1,16 @@
 """Load any causal LM and its tokenizer from a folder: our own models and every transformers family."""
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
 
 import moe_runtime.hf  # noqa: F401  registers our model with the Auto classes
 
@@ -34,13 +39,18 @@ def load_causal_lm(
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise FileNotFoundError(f"{folder} must hold model weights (*.safetensors), found none")
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention,
-            output_loading_info=True,
-            local_files_only=True,
-        )
+        with _progress_bar_on_terminals():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=attention,
+                output_loading_info=True,
+                local_files_only=True,
+            )
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights in {folder} cannot be read, a file may be truncated: {error}"
+        ) from error
     except RuntimeError as error:  # transformers' report of mismatched shapes, many lines long
         raise ValueError(
             f"the weights in {folder} do not have the shapes that its config.json describes"
@@ -65,6 +75,19 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     ):
         raise FileNotFoundError(f"{folder} must hold a tokenizer (tokenizer.json), found none")
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+@contextmanager
+def _progress_bar_on_terminals() -> Iterator[None]:
+    """transformers draws its bar into pipes and log files too, where it tears other lines apart."""
+    hide = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if hide:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            logging.enable_progress_bar()
 
 
 def _checkpoint_folder(path: str | Path) -> Path:
