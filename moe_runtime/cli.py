@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from upcycle.cli import upcycle_command, verify_command
+
 from .config import ModelConfig
 from .shapes import SHAPES, named_shape
 
@@ -156,6 +158,8 @@ def generate_command(
     from .hf.loading import load_causal_lm, load_tokenizer
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {device!r}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device must be cpu where there is no CUDA GPU, got {device!r}")
     tokenizer = load_tokenizer(path)
@@ -180,6 +184,14 @@ def generate_command(
     print(
         f"{result.new_tokens} tokens, {rate:.1f} per second, stopped by {result.stopped_by}", file=sys.stderr
     )
+
+
+# --- commands of other parts ---
+
+app.command("upcycle", epilog="Example: moe-runtime upcycle upcycle/recipes/btx.yaml --dry-run")(
+    upcycle_command
+)
+app.command("verify", epilog="Example: moe-runtime verify runs/btx --json")(verify_command)
 
 
 if __name__ == "__main__":

@@ -81,11 +81,13 @@ _QWEN15_MOE = ModelConfig(
 )
 
 SHAPES: dict[str, ModelConfig] = {
+    "bam-small": _bam(_BAM_SMALL, 4, shared_kv=False),  # BAM itself, under its short name
     "bam-small-dense": _BAM_SMALL,
     "bam-small-btx": _mixture_of_ffn(_BAM_SMALL, 4, 1),
     "bam-small-btx-6e-top3": _mixture_of_ffn(_BAM_SMALL, 6, 3),
     "bam-small-expert-kv": _bam(_BAM_SMALL, 4, shared_kv=False),
     "bam-small-shared-kv": _bam(_BAM_SMALL, 4, shared_kv=True),
+    "bam-large": _bam(_BAM_LARGE, 4, shared_kv=False),
     "bam-large-dense": _BAM_LARGE,
     "bam-large-btx": _mixture_of_ffn(_BAM_LARGE, 4, 1),
     "bam-large-expert-kv": _bam(_BAM_LARGE, 4, shared_kv=False),

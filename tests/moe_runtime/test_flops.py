@@ -403,5 +403,5 @@ def test_errors_name_the_argument():
         match_dense(config, "flops")
     with pytest.raises(ValueError, match="no shape is named 'mixtral-8x7'; did you mean 'mixtral-8x7b'"):
         named_shape("mixtral-8x7")
-    with pytest.raises(ValueError, match="no shape is named 'zz'; known: bam-small-dense, "):
+    with pytest.raises(ValueError, match="no shape is named 'zz'; known: bam-small, bam-small-dense, "):
         named_shape("zz")

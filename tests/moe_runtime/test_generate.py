@@ -5,29 +5,23 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from byte_tokenizer import END, VOCAB_SIZE, byte_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_runtime import generate
 from moe_runtime.generate import generate_text, measure_latency
 
-END = 256
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokens = Tokenizer(models.BPE(vocab={**vocab, "<end>": END}, merges=[]))
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokens.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>")
+    return byte_tokenizer()
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=END + 1,
+        vocab_size=VOCAB_SIZE,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
