@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _explain(error: Exception) -> tuple[str, int]:
     """What to tell the user about an exception, on one line, and the exit code."""
     if hasattr(error, "format_message"):  # a usage error; its class has another home in every typer
-        return f"{' '.join(error.format_message().split())} See --help.", 2
+        return f"{' '.join(error.format_message().split()).rstrip('.')}. See --help.", 2
     text = " ".join(str(error).split())
     if isinstance(error, ValueError | OSError):
         return text, 2
@@ -59,6 +59,7 @@ def _global_options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Mixture-of-Experts models that start from dense checkpoints."""
+    # `debug` is here for the help only: main() reads it, wherever it stands
     if version:
         from importlib import metadata
 
@@ -68,7 +69,7 @@ def _global_options(
 
 
 def _print_json(values: Any) -> None:
-    print(json.dumps(values, indent=2, ensure_ascii=False))
+    print(json.dumps(values, indent=2))
 
 
 # --- flops ---
@@ -134,9 +135,7 @@ def flops_command(
 # --- generate ---
 
 
-@app.command(
-    "generate", epilog='Example: moe-runtime generate runs/demo/models/btx --prompt "In the beginning"'
-)
+@app.command("generate", epilog='Example: moe-runtime generate runs/copy --prompt "In the beginning"')
 def generate_command(
     path: Annotated[Path, typer.Argument(help="A checkpoint folder with its tokenizer.")],
     prompt: Annotated[str, typer.Option(help="The text to continue.")],

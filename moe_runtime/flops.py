@@ -77,7 +77,8 @@ def layer_parameters(config: ModelConfig, layer: int, *, active: bool = False) -
     """Parameters of one layer by component: those that exist, or those that one token uses (`active`).
 
     Keys: attention, attention_router, feed_forward (dense layers), router, experts, shared_expert (with its
-    gate), norms. The selection bias of a router is a buffer and not counted.
+    gate), norms. Query and key norms have one row per head here, also for families that share one row among
+    heads. The selection bias of a router is a buffer and not counted.
     """
     block = config.block_config(layer)
     norms = block.num_norms * config.hidden_size * (2 if block.norm_bias else 1)
