@@ -105,7 +105,7 @@ def test_help_loads_no_heavy_library():
         ("flops mixtral", "no shape is named 'mixtral'; did you mean 'mixtral-8x7b'?"),
         ("flops no/such.json", "CONFIG: there is no file no/such.json"),
         ("flops bam-small --convention no", "convention must be one of full, causal, half, got 'no'"),
-        ("flops bam-small --context x", "unable to parse string as an integer. See --help."),
+        ("flops bam-small --context x", "Invalid value for '--context': "),
         ("flops bam-small --context 0", "context must be at least 1, got 0"),
         ("flops bam-small --batch-size 0", "batch_size must be at least 1, got 0"),
         ("generate no/such --prompt x", "no/such must be a checkpoint folder, and there is no such folder"),
