@@ -20,6 +20,9 @@ EMPTY_SHARED_WIDTH = 64
 # Fields that change training or nothing at all, but never the function; a format may lack them.
 _NOT_THE_FUNCTION = ("expert_dropout", "router_aux_only", "router_aux_loss_coef")
 
+# Where several fields differ, these say best why.
+_TELLING = ("num_attention_experts", "block", "qk_norm")
+
 # Keys of a source's config.json that mean the same in every format.
 _CARRIED_KEYS = (
     "attention_dropout",
@@ -62,10 +65,11 @@ def _mismatch(target: str, model: ModelConfig) -> str | None:
     written = model_config(_FORMATS[target](model))
     if target == "qwen2_moe":
         written = replace(written, shared_expert_intermediate_size=0, shared_expert_gate=False)
-    for field in fields(ModelConfig):
-        wanted, got = getattr(model, field.name), getattr(written, field.name)
-        if field.name not in _NOT_THE_FUNCTION and wanted != got:
-            return f"{field.name} would be {got!r} instead of {wanted!r}"
+    names = [field.name for field in fields(ModelConfig) if field.name not in _NOT_THE_FUNCTION]
+    for name in (*_TELLING, *names):
+        wanted, got = getattr(model, name), getattr(written, name)
+        if wanted != got:
+            return f"{name} would be {got!r} instead of {wanted!r}"
     return None
 
 
