@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from close import assert_close_to_exact
 from safetensors.torch import load_file
 
-from close import assert_close_to_exact
 from moe_runtime.hf.loading import load_causal_lm
 from upcycle import verify
 

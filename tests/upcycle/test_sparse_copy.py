@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from close import assert_close_to_exact
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from close import assert_close_to_exact
 from moe_runtime.hf.loading import load_causal_lm
 from upcycle import verify
 
@@ -58,7 +58,9 @@ VARIANTS = [
     pytest.param({"layers": "every_other"}, id="every-other-layer"),
     pytest.param({"layers": [0], "target": "qwen2_moe"}, id="one-layer-qwen2-moe"),
     pytest.param({"experts_per_token": 1, "router": {"gate": "straight_through"}}, id="straight-through"),
-    pytest.param({"experts_per_token": 3, "router": {"score": "sigmoid", "selection_bias": True}}, id="sigmoid-bias"),
+    pytest.param(
+        {"experts_per_token": 3, "router": {"score": "sigmoid", "selection_bias": True}}, id="sigmoid-bias"
+    ),
     pytest.param({"experts_per_token": 4, "router": {"gate": "raw"}}, id="raw-over-all"),
 ]
 
@@ -95,7 +97,10 @@ def test_raw_gates_scale_the_dense_feed_forward(target, dense, run):
     router = {"gate": "raw"}
     folder = run(method="copy", base=dense("llama"), experts=4, target=target, router=router)
     assert verify(folder).not_equal_because == ("router.gate 'raw' scales each expert's output by its score",)
-    mixture, source = load_causal_lm(folder).model.layers[1].mlp, load_causal_lm(dense("llama")).model.layers[1].mlp
+    mixture, source = (
+        load_causal_lm(folder).model.layers[1].mlp,
+        load_causal_lm(dense("llama")).model.layers[1].mlp,
+    )
     x_BLD = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
     router_ED = (mixture.router if target == "moe_runtime" else mixture.gate).weight
 
@@ -115,7 +120,9 @@ def test_weights_in_16_bits_pass_through_bit_by_bit(dense, run):
     before, after = tensors_of(source), tensors_of(folder)
     down = "model.layers.1.block_sparse_moe.experts.1.w2.weight"
     assert after[down].dtype == torch.bfloat16
-    assert torch.equal(after[down].view(torch.int16), before["model.layers.1.mlp.down_proj.weight"].view(torch.int16))
+    assert torch.equal(
+        after[down].view(torch.int16), before["model.layers.1.mlp.down_proj.weight"].view(torch.int16)
+    )
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     assert verify(folder).tolerance == 1e-4
 

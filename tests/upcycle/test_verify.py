@@ -1,0 +1,118 @@
+"""`verify` fails what it should fail, and says why where it has no right to."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from moe_runtime.config import ModelConfig
+from upcycle import UpcycleError, verify
+from upcycle.verify import differences
+
+SIZES = {
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+}
+
+
+def record(*files, assignment=None):
+    sources = [{"path": "x", "files": {"model.safetensors": file}} for file in files]
+    rest = list(range(len(files)))
+    return {
+        "sources": sources,
+        "base": 0,
+        "assignment": assignment or {"feed_forward": rest, "attention": None, "rest": rest},
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "reasons"),
+    [
+        ({}, 0),
+        ({"router_gate": "straight_through", "num_experts_per_tok": 1}, 0),
+        ({"router_gate": "raw", "num_experts_per_tok": 4}, 0),
+        ({"router_gate": "raw"}, 1),
+        ({"router_gate": "raw", "num_experts_per_tok": 4, "router_score": "sigmoid"}, 1),
+        ({"router_scale": 2.0}, 1),
+        ({"num_attention_experts": 2, "attention_top_k": 1}, 1),
+        ({"num_attention_experts": 2, "attention_top_k": 2}, 0),
+        ({"num_attention_experts": 2, "attention_top_k": 1, "attention_top_k_renorm": True}, 0),
+    ],
+)
+def test_gates_that_sum_to_one_keep_the_function(changes, reasons):
+    assert len(differences(record("same", "same"), ModelConfig(**{**SIZES, **changes}))) == reasons
+
+
+def test_sources_are_equal_by_their_hashes():
+    model = ModelConfig(**SIZES)
+    assert differences(record("a", "b"), model) == ("the sources differ",)
+    only_first = {"feed_forward": [0, 0], "attention": None, "rest": [0]}
+    assert differences(record("a", "b", assignment=only_first), model) == ()
+
+
+def test_a_changed_weight_fails(dense, run):
+    folder = run(method="copy", base=dense("llama"), experts=2)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.experts.down_proj"][0, 0, 0] += 0.5
+    save_file(tensors, path, metadata={"format": "pt"})
+    result = verify(folder)
+    assert result.must_be_equal
+    assert result.max_abs_diff > result.tolerance
+    assert not result.passed
+
+
+def test_logits_that_are_not_finite_fail_where_no_equality_is_asked(dense, run):
+    folder = run(method="btx", sources=[dense("llama", seed=seed) for seed in range(2)])
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    result = verify(folder)
+    assert not result.must_be_equal
+    assert not result.passed
+
+
+def test_missing_tensors_are_named(dense, run):
+    folder = run(method="copy", base=dense("llama"), experts=2)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.router.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack tensors: model\.layers\.1\.mlp\.router\.weight"):
+        verify(folder)
+
+
+def test_a_folder_of_another_kind_is_named(dense):
+    with pytest.raises(
+        UpcycleError, match=r"holds no upcycle\.json; verify takes a folder that upcycle wrote"
+    ):
+        verify(dense("llama"))
+
+
+def test_a_base_that_changed_or_went_is_named(dense_copy, run):
+    source = dense_copy(shard="1GB")
+    folder = run(method="copy", base=source, experts=2)
+    path = source / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] += 1.0
+    save_file(tensors, path)
+    with pytest.raises(UpcycleError, match=r"model\.safetensors has changed since .*out was made from it"):
+        verify(folder)
+    source.rename(source.with_name("moved"))
+    with pytest.raises(UpcycleError, match="damaged: there is no such checkpoint folder"):
+        verify(folder)
+
+
+def test_the_result_is_plain_values(dense, run):
+    result = verify(run(method="copy", base=dense("llama"), experts=2)).to_dict()
+    assert json.loads(json.dumps(result)) | {"not_equal_because": ()} == result
+    assert (result["passed"], result["must_be_equal"], result["method"]) == (True, True, "copy")
