@@ -12,16 +12,16 @@ from torch import Tensor
 
 
 def register_reference(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a plain PyTorch function for all devices, blind to autocast.
+    """Register a plain PyTorch function for all devices, deaf to autograd and autocast.
 
-    The first argument of an operation is always a tensor. Without the inner context, autocast would change
-    the dtypes of the products inside, and so of the results that the fake implementation has promised.
+    The first argument of an operation is always a tensor. Autocast would change the dtypes of the products
+    inside, and so of the results that the fake implementation has promised.
     """
 
     def register(reference: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(reference)
         def implementation(first: Tensor, *rest: Any) -> Any:
-            with torch.autocast(first.device.type, enabled=False):
+            with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
                 return reference(first, *rest)
 
         torch.library.impl(name, "CompositeExplicitAutograd", implementation)

@@ -46,11 +46,12 @@ def _(expert, num_experts):
 @register_reference("moe_runtime::make_plan")
 def make_plan_reference(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     T, K = expert_TK.shape
-    kept_TK = (expert_TK >= 0) & (expert_TK < num_experts)
-    sorted_N, slot_N = torch.where(kept_TK, expert_TK, num_experts).flatten().sort(stable=True)
+    expert_N = expert_TK.flatten()
+    kept_N = (expert_N >= 0) & (expert_N < num_experts)
+    sorted_N, slot_N = torch.where(kept_N, expert_N, num_experts).sort(stable=True)
     expert_E = torch.arange(num_experts, dtype=sorted_N.dtype, device=sorted_N.device)
     offset_E = torch.searchsorted(sorted_N, expert_E, right=True, out_int32=True)
-    row_TK = torch.where(kept_TK, slot_N.argsort().view(T, K), -1)
+    row_TK = torch.where(kept_N, slot_N.argsort(), -1).view(T, K)
     slot_N = torch.where(sorted_N < num_experts, slot_N, -1)
     token_N = torch.where(sorted_N < num_experts, slot_N // K, -1)
     return row_TK.int(), token_N.int(), slot_N.int(), offset_E
