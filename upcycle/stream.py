@@ -12,8 +12,8 @@ from upcycle.dtypes import STORAGE, all_finite, from_float32, to_float32
 from upcycle.errors import UpcycleError
 from upcycle.tasks import Band, Normal, Piece, TensorTask, Zeros
 
-# Bytes of float32 rows held at once per source; large enough that reading is not the cost.
-CHUNK_BYTES = 4 * 2**20
+# Bytes of rows held at once, over all sources, as if all were float32; large enough that calls cost nothing.
+CHUNK_BYTES = 8 * 2**20
 
 
 def chunks(task: TensorTask, readers: Sequence[RowReader]) -> Iterator[NDArray]:
@@ -40,7 +40,8 @@ def _draw(normal: Normal, shape: tuple[int, ...]) -> NDArray[np.float32]:
 
 def _band_chunks(task: TensorTask, band: Band, readers: Sequence[RowReader]) -> Iterator[NDArray]:
     widest = max(band.columns, *(piece.width for piece in band.pieces))
-    step = max(1, CHUNK_BYTES // (4 * widest))
+    sources = {source for piece in band.pieces for source in piece.sources}
+    step = max(1, CHUNK_BYTES // (4 * widest * len(sources)))
     for first in range(0, band.rows, step):
         count = min(step, band.rows - first)
         # Pieces of one band may read the same rows (heads of one projection): each is read once.

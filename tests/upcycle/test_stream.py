@@ -4,9 +4,9 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
+import torch
+from safetensors.torch import save_file
 
 from moe_runtime.families import model_config
 from upcycle.names import dense_shapes
@@ -16,16 +16,18 @@ from upcycle.recipe import recipe_from_dict
 MB = 2**20
 CONFIG = {
     "model_type": "llama",
-    "vocab_size": 8192,
+    "vocab_size": 32768,
     "hidden_size": 1024,
-    "intermediate_size": 4096,
+    "intermediate_size": 2048,
     "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
+    "tie_word_embeddings": True,
 }
 MEASURE = """
-import json, resource, sys
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+import json, sys
+# Not ru_maxrss: a child starts with its parent's.
+def peak(): return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 interpreter = peak()
 import upcycle
 imported = peak()
@@ -35,15 +37,15 @@ print(json.dumps({"interpreter": interpreter, "imported": imported, "run": peak(
 
 
 def large_source(folder, seed):
-    """About 140 MB in four shards, float32, so that no tensor passes through as it is stored."""
-    generator = np.random.default_rng(seed)
+    """About 100 MB in four shards, 64 MB of it the embedding."""
+    generator = torch.Generator().manual_seed(seed)
     shapes = dense_shapes(model_config(CONFIG))
     names = list(shapes)
     folder.mkdir()
     weight_map = {}
     for number in range(4):
         file = f"model-{number + 1:05}-of-00004.safetensors"
-        shard = {name: generator.standard_normal(shapes[name], np.float32) for name in names[number::4]}
+        shard = {name: torch.randn(shapes[name], generator=generator).bfloat16() for name in names[number::4]}
         save_file(shard, folder / file)
         weight_map |= dict.fromkeys(shard, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -51,18 +53,18 @@ def large_source(folder, seed):
     return str(folder)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts in kilobytes on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize("method", ["copy", "bam"])
 def test_peak_memory_does_not_follow_the_tensors(method, tmp_path):
     sources = [large_source(tmp_path / str(seed), seed) for seed in range(1 if method == "copy" else 2)]
-    values = {"method": method, "output": str(tmp_path / "out"), "dtype": "bfloat16"}
+    values = {"method": method, "output": str(tmp_path / "out"), "max_shard_size": "100MB"}
     if method == "copy":
         values |= {"base": sources[0], "experts": 8}
     else:
         values |= {"sources": sources * 2, "attention": {"kv": "shared"}}
     plan = make_plan_for(recipe_from_dict(values))
     largest = max(task.num_bytes for task in plan.tasks)
-    assert largest >= 64 * MB
+    assert largest == 64 * MB
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(values))
     done = subprocess.run(
@@ -72,4 +74,4 @@ def test_peak_memory_does_not_follow_the_tensors(method, tmp_path):
     assert peak["run"] - peak["interpreter"] <= 2 * largest + 300 * MB
     # What streaming really promises: even one tensor is never whole in memory.
     assert peak["run"] - peak["imported"] <= largest / 2
-    assert (tmp_path / "out" / "model.safetensors").stat().st_size > plan.num_bytes > 200 * MB
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
