@@ -1,0 +1,83 @@
+"""The two commands, as `moe-runtime` mounts them."""
+
+import json
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from upcycle import UpcycleError
+from upcycle.cli import upcycle_command, verify_command
+
+app = typer.Typer()
+app.command("upcycle")(upcycle_command)
+app.command("verify")(verify_command)
+
+
+@pytest.fixture
+def recipe(dense, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    sources = [str(dense("llama", seed=seed)) for seed in range(2)]
+    values = {"method": "bam", "sources": sources, "output": str(tmp_path / "out"), "layers": [0, 2]}
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def invoke(*arguments, exit_code=0):
+    result = CliRunner(env={"COLUMNS": "160"}).invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == exit_code, result.output
+    return result.stdout
+
+
+def test_a_dry_run_prints_where_every_tensor_comes_from(recipe, tmp_path):
+    text = invoke("upcycle", recipe, "--dry-run")
+    for expected in (
+        "model.layers.*.self_attn.router.weight",
+        "2 x 96 x 32",
+        "mean of model.norm.weight from source 0, 1",
+        "copy of mlp.gate_proj.weight",
+        "normal, std 0.02, seed 0",
+        "Would write",
+        "source 1:",
+    ):
+        assert expected in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_json_for_programs(recipe, tmp_path):
+    planned = json.loads(invoke("upcycle", recipe, "--dry-run", "--json"))
+    written = json.loads(invoke("upcycle", recipe, "--json", "--output", tmp_path / "there"))
+    same = ("method", "target", "tensors", "parameters", "bytes", "dtype", "files", "sources")
+    assert {key: planned[key] for key in same} == {key: written[key] for key in same}
+    assert (planned["dry_run"], written["dry_run"]) == (True, False)
+    rows = {row["name"]: row for row in planned["plan"]}
+    assert rows["model.layers.*.mlp.experts.gate_up_proj"]["count"] == 2
+    assert sum(row["count"] for row in planned["plan"]) == planned["tensors"]
+    assert (tmp_path / "there" / "model.safetensors").exists()
+    verified = json.loads(invoke("verify", tmp_path / "there", "--json"))
+    assert verified["passed"]
+    assert "the sources differ" in verified["not_equal_because"]
+
+
+def test_tables_for_people(recipe, tmp_path):
+    assert "Wrote" in invoke("upcycle", recipe)
+    text = invoke("verify", tmp_path / "out")
+    assert "no: the sources differ; router.gate 'raw'" in text
+    assert "passed" in text
+
+
+def test_a_failed_verification_has_exit_code_1(dense, run):
+    folder = run(method="copy", base=dense("llama"), experts=2)
+    record = json.loads((folder / "upcycle.json").read_text())
+    other = dense("llama", seed=1)
+    files = json.loads((run("other", method="copy", base=other, experts=2) / "upcycle.json").read_text())[
+        "sources"
+    ]
+    (folder / "upcycle.json").write_text(json.dumps({**record, "sources": files}))
+    assert "FAILED" in invoke("verify", folder, exit_code=1)
+
+
+def test_mistakes_reach_the_caller_as_one_exception(tmp_path):
+    result = CliRunner().invoke(app, ["upcycle", str(tmp_path / "none.yaml")])
+    assert isinstance(result.exception, UpcycleError)
