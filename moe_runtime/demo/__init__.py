@@ -1,1 +1,1 @@
-"""The demonstration: a real dense checkpoint becomes MoE and BAM models, tuned, generating, measured against dense."""
+"""The demonstration: a real dense checkpoint becomes MoE and BAM models, measured against dense ones."""
