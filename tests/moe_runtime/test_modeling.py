@@ -97,7 +97,7 @@ def test_is_the_model_of_the_family(family, options):
 
 
 def test_is_gpt_neox_with_partial_rotation_biases_and_two_parallel_norms():
-    """Its fused projection is split here by hand. The block is Pythia's, and nearly those of Phi and GPT-J."""
+    """Its fused projection is split here by hand. The block is Pythia's, and almost Phi's and GPT-J's."""
     torch.manual_seed(0)
     config = CONFIG_MAPPING["gpt_neox"](
         vocab_size=VOCAB_SIZE,

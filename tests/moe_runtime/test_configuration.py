@@ -1,0 +1,86 @@
+"""The transformers configuration: its fields, its checks, its way through config.json."""
+
+from dataclasses import MISSING, fields
+
+import pytest
+from tiny_models import BAM, BAM_SHARED_KV, DENSE, KINDS, MOE
+from transformers import AutoConfig
+
+from moe_runtime.config import ModelConfig
+from moe_runtime.hf import MoeRuntimeConfig
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_describes_the_same_model_as_its_values(kind, tmp_path):
+    values = {name: value for name, value in KINDS[kind].items() if name != "initializer_range"}
+    described = ModelConfig(**values)
+    config = MoeRuntimeConfig.from_model_config(described, eos_token_id=7)
+    assert config.model_config() == described.__class__(**values | {"layer_types": ["full_attention"] * 2})
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is MoeRuntimeConfig
+    assert loaded.model_config() == config.model_config()
+    assert loaded.eos_token_id == 7
+
+
+def test_every_default_is_that_of_the_model_config():
+    config = MoeRuntimeConfig(**DENSE)
+    for field in fields(ModelConfig):
+        if field.name in DENSE or field.name == "layer_types":
+            continue
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        assert getattr(config, field.name) == default, field.name
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_layers_are_always_listed(window):
+    """transformers makes masks and caches by this list."""
+    kind = "full_attention" if window is None else "sliding_attention"
+    assert MoeRuntimeConfig(**DENSE, sliding_window=window).layer_types == [kind, kind]
+
+
+def test_router_logits_are_offered_only_with_experts():
+    """Trainers take the attribute as the sign of a Mixture of Experts, and fail on a dense model with it."""
+    assert MoeRuntimeConfig(**MOE).output_router_logits is False
+    assert MoeRuntimeConfig(**MOE, output_router_logits=True).output_router_logits is True
+    assert not hasattr(MoeRuntimeConfig(**DENSE), "output_router_logits")
+
+
+def test_rope_settings_of_older_files_are_understood():
+    config = MoeRuntimeConfig(**DENSE, rope_parameters={"rope_theta": 500.0})
+    assert config.rope_parameters == {"rope_theta": 500.0, "rope_type": "default"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"vocab_size": ...}, "vocab_size must be given in a MoeRuntimeConfig"),
+        ({"num_experts_per_tok": 6}, r"experts_per_token must be between 1 and num_experts \(5\), got 6"),
+        ({"num_attention_experts": 3}, r"num_attention_heads .* multiple of num_attention_experts \(3\)"),
+        ({"hidden_act": "swish"}, "activation must be one of 'silu'"),
+        (
+            {"layer_types": ["full_attention"]},
+            r"layer_types must have num_hidden_layers \(2\) entries, got 1",
+        ),
+        ({"layer_types": ["full_attention", "chunked"]}, "layer_types must be one of 'full_attention'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window must be a number"),
+        ({"norm_bias": True}, "norm_bias must be False with norm 'rms_norm'"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}}, "must be an even width"),
+        ({"num_norms": 1}, "num_norms must be 2 in a sequential block, got 1"),
+        ({"moe_layers": [5]}, "moe_layers must name layers between 0 and 1, got 5"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_values_are_named(values, message):
+    given = {name: value for name, value in (MOE | values).items() if value is not ...}
+    with pytest.raises(ValueError, match=message):
+        MoeRuntimeConfig(**given)
+
+
+def test_head_counts_are_totals():
+    """Serving engines size their caches from them."""
+    own, shared = MoeRuntimeConfig(**BAM).model_config(), MoeRuntimeConfig(**BAM_SHARED_KV).model_config()
+    assert (own.heads_per_expert, own.kv_heads_per_expert) == (4, 2)
+    assert (shared.heads_per_expert, shared.kv_heads_per_expert) == (4, 2)
+    assert own.attention_config(0).total_kv_heads == own.num_key_value_heads
+    assert shared.attention_config(0).total_kv_heads == shared.num_key_value_heads
