@@ -88,7 +88,7 @@ def assert_matches(
 ) -> None:
     """`fn` and all its gradients are as close to exact arithmetic as autograd through the definition is.
 
-    `make(draw)` returns inputs and upstream gradient. The error of a few numbers is a matter of luck, so draws,
+    `make(draw)` returns inputs and upstream gradient. The error of a few numbers is a matter of luck: draws,
     each of so many `rows`, are pooled until there are 64 rows.
     """
     pools: tuple[dict[str, list[Tensor]], ...] = ({}, {}, {})

@@ -113,7 +113,7 @@ def _scores(logits_TE: Tensor, score: str) -> tuple[Tensor, Tensor]:
     if score == "softmax":
         prob_TE = logits_TE.softmax(1)
         return prob_TE, prob_TE
-    # not torch.sigmoid: on a CPU its vectorised and scalar parts differ by an ulp, and ties would go by position
+    # not torch.sigmoid: on a CPU its vectorised and scalar parts differ by an ulp, and ties go by position
     score_TE = 1 / (1 + torch.exp(-logits_TE))
     return score_TE, score_TE / (score_TE.sum(1, keepdim=True) + TINY)
 

@@ -101,7 +101,8 @@ def test_expert_ffn_matches_dense_experts(routing, dtype):
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_with_every_option(activation, gated, dtype):
-    assert_layer_matches(Routing(37, 2, 5, "sentinels"), dtype, activation, gated, NAMES[4:])
+    # many tokens: the largest error of relu2's heavy tails is a matter of luck among few
+    assert_layer_matches(Routing(200, 2, 5, "sentinels"), dtype, activation, gated, NAMES[4:])
 
 
 def test_a_float32_residual_keeps_its_dtype():
@@ -235,11 +236,7 @@ def test_strided_input_is_copied():
     routing = PATTERNS[0].values[0]
     plan = make_plan(choose(routing), routing.E)
     inputs, _ = make_inputs(routing, torch.float32)
-    strided = inputs | {
-        "x": inputs["x"].t().contiguous().t(),
-        "weight": inputs["weight"].t().contiguous().t(),
-    }
-    strided["down"] = inputs["down"].transpose(1, 2).contiguous().transpose(1, 2)
+    strided = {name: x.mT.contiguous().mT for name, x in inputs.items()}
     assert torch.equal(layer(plan)(**strided), layer(plan)(**inputs))
 
 

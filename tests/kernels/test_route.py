@@ -1,0 +1,350 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inputs import DEVICE, DTYPES, assert_compiles_once, assert_matches, assert_same_bits, normal
+from moe_runtime_kernels import route_topk
+
+# T, E, K and the options; every score, gate, group score, scale, bias and mask occurs
+CASES = [
+    pytest.param(64, 8, 2, {}, id="mixtral"),
+    pytest.param(37, 5, 3, {"gate": "raw"}, id="raw"),
+    pytest.param(33, 7, 1, {"gate": "raw", "scale": 2.5, "masked": True}, id="switch-with-padding"),
+    pytest.param(33, 4, 1, {"gate": "straight_through", "scale": 0.5}, id="straight-through"),
+    pytest.param(33, 4, 1, {"gate": "straight_through", "score": "sigmoid"}, id="sigmoid-straight-through"),
+    pytest.param(37, 6, 2, {"score": "sigmoid", "gate": "raw"}, id="sigmoid-raw"),
+    pytest.param(
+        41,
+        12,
+        3,
+        {"score": "sigmoid", "scale": 2.5, "biased": True, "num_groups": 4, "groups_kept": 2, "masked": True},
+        id="deepseek-v3",
+    ),
+    pytest.param(
+        40,
+        12,
+        4,
+        {"gate": "raw", "scale": 16.0, "num_groups": 3, "groups_kept": 1, "group_score": "max"},
+        id="deepseek-v2",
+    ),
+    pytest.param(40, 8, 3, {"biased": True, "num_groups": 8, "groups_kept": 5}, id="groups-of-one-expert"),
+    pytest.param(17, 4, 4, {}, id="every-expert-chosen"),
+    pytest.param(9, 1, 1, {"gate": "raw", "score": "sigmoid"}, id="a-single-expert"),
+    pytest.param(1, 6, 2, {}, id="one-token"),
+]
+
+
+def choose_by_hand(score_E, K, bias_E, num_groups, groups_kept, group_score):
+    """Indices of the K best experts of one token, by sorting Python numbers; `sorted` keeps the order of ties."""
+    choice = [s + b for s, b in zip(score_E, bias_E, strict=True)]
+    size = len(choice) // num_groups
+    groups = [range(g * size, (g + 1) * size) for g in range(num_groups)]
+    best = [sorted((choice[e] for e in group), reverse=True) for group in groups]
+    value = [values[0] if group_score == "max" else sum(values[:2]) for values in best]
+    kept = sorted(range(num_groups), key=lambda g: -value[g])[:groups_kept]
+    return sorted((e for g in sorted(kept) for e in groups[g]), key=lambda e: -choice[e])[:K]
+
+
+def route_by_hand(logits, K, options):
+    """Weights, choice, counts and losses from their formulas; differentiable in the logits."""
+    options = {
+        "score": "softmax",
+        "gate": "renorm",
+        "scale": 1.0,
+        "bias_E": None,
+        "token_mask_T": None,
+    } | options
+    T, E = logits.shape
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    s = logits.softmax(1) if options["score"] == "softmax" else logits.sigmoid()
+    p = s / s.sum(1, keepdim=True)
+    bias = [0.0] * E if options["bias_E"] is None else options["bias_E"].to(s.dtype).tolist()
+    groups = (
+        options.get("num_groups", 1),
+        options.get("groups_kept", 1),
+        options.get("group_score", "top2_sum"),
+    )
+    expert = torch.tensor([choose_by_hand(row, K, bias, *groups) for row in s.tolist()], device=s.device)
+
+    chosen = s.gather(1, expert)
+    if options["gate"] == "renorm":
+        chosen = chosen / chosen.sum(1, keepdim=True)
+    elif options["gate"] == "straight_through":
+        chosen = chosen + (1 - chosen).detach()
+    mask = options["token_mask_T"]
+    tokens = torch.ones(T, dtype=torch.bool, device=s.device) if mask is None else mask
+    count = torch.stack([(expert[tokens] == e).sum() for e in range(E)])
+    balance = E * (count / count.sum() * p[tokens].mean(0)).sum()
+    z = logits[tokens].logsumexp(1).square().mean()
+    return options["scale"] * chosen, expert, count, balance, z
+
+
+def make_case(T, E, K, options, dtype=torch.float32, draw=0):
+    options = dict(options)
+    if options.pop("biased", False):
+        options["bias_E"] = normal(E, seed=100, scale=0.2)
+    if options.pop("masked", False):
+        options["token_mask_T"] = (torch.arange(T) % 3 != 1).to(DEVICE)
+    return normal(T, E, dtype=dtype, seed=draw), options
+
+
+def joined(weight, expert, count, balance, z):
+    """One tensor of all that has a gradient."""
+    return torch.cat([weight.flatten(), balance[None], z[None]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "E", "K", "options"), CASES)
+def test_route_matches_the_definition(T, E, K, options, dtype):
+    logits, options = make_case(T, E, K, options, dtype)
+    actual, expected = route_topk(logits, K, **options), route_by_hand(logits, K, options)
+    assert torch.equal(actual.expert_TK, expected[1])
+    assert torch.equal(actual.count_E, expected[2])
+    assert actual.expert_TK.dtype == actual.count_E.dtype == torch.int32
+
+    def fn(logits):
+        return joined(*route_topk(logits, K, **options))
+
+    def make(draw):
+        logits = make_case(T, E, K, {}, dtype, draw)[0]
+        return {"logits": logits}, normal(T * K + 2, seed=100 + draw)
+
+    assert_matches(fn, lambda logits: joined(*route_by_hand(logits, K, options)), make, T)
+    assert_same_bits(fn, *make(0))
+
+
+@pytest.mark.parametrize(("T", "E", "K", "options"), CASES)
+def test_route_gradients_in_double_precision(T, E, K, options):
+    logits, options = make_case(min(T, 6), E, K, options, torch.float64)
+    if "token_mask_T" in options:
+        options["token_mask_T"] = options["token_mask_T"][:6]
+    if (
+        options.get("gate") == "straight_through"
+    ):  # its value is constant, so only the losses can be differentiated
+        outputs = slice(3, 5)
+    else:
+        outputs = slice(0, 5, None)
+
+    def fn(logits):
+        result = route_topk(logits, K, **options)
+        return tuple(x for x in result[outputs] if x.is_floating_point())
+
+    torch.autograd.gradcheck(fn, logits.requires_grad_())
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_straight_through_is_one_forward_and_the_score_backward(score, scale):
+    logits = normal(50, 5).requires_grad_()
+    result = route_topk(logits, 1, score=score, gate="straight_through", scale=scale)
+    assert torch.equal(result.weight_TK, torch.full_like(result.weight_TK, scale))
+    raw = route_topk(logits, 1, score=score, gate="raw", scale=scale)
+    grad = normal(50, 1, seed=1)
+    gradients = [torch.autograd.grad(r.weight_TK, logits, grad)[0] for r in (result, raw)]
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_renormalised_gates_of_one_choice_are_one_without_gradient(score):
+    logits = normal(20, 5).requires_grad_()
+    weight_TK = route_topk(logits, 1, score=score).weight_TK
+    assert torch.equal(weight_TK, torch.ones_like(weight_TK))
+    (dlogits,) = torch.autograd.grad(weight_TK, logits, normal(20, 1, seed=1))
+    assert dlogits.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("T", "E"), [(5, 9), (7, 61), (129, 129), (1, 65)])
+def test_ties_go_to_the_lowest_index(T, E, score):
+    """Sizes at which vector and scalar exponentials meet in one tensor."""
+    for value in normal(20).tolist():
+        logits = torch.full((T, E), value, device=DEVICE)
+        expert_TK = route_topk(logits, 3, score=score).expert_TK
+        assert expert_TK.tolist() == [[0, 1, 2]] * T
+    grouped = route_topk(logits[:, : E - E % 3], 2, score=score, num_groups=E // 3, groups_kept=2)
+    assert grouped.expert_TK.tolist() == [[0, 1]] * T
+
+
+def test_the_bias_moves_the_choice_and_not_the_gate():
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]], device=DEVICE)
+    bias_E = torch.tensor([-1.0, 0.0, 0.0, 1.0], device=DEVICE, requires_grad=True)
+    result = route_topk(logits, 2, score="sigmoid", gate="raw", bias_E=bias_E)
+    assert result.expert_TK.tolist() == [[3, 1]]
+    expected = 1 / (1 + torch.exp(-torch.tensor([[0.0, 2.0]], device=DEVICE)))
+    assert torch.equal(result.weight_TK, expected)
+    assert not result.weight_TK.requires_grad
+
+
+def test_known_values_of_the_losses():
+    E = 8
+    uniform = torch.zeros(E, E, device=DEVICE)
+    result = route_topk(uniform + 1e-6 * torch.eye(E, device=DEVICE), 1)
+    assert result.count_E.tolist() == [1] * E
+    assert result.balance_loss.item() == pytest.approx(1, abs=1e-6)
+    collapsed = torch.full((9, E), -torch.inf, device=DEVICE)
+    collapsed[:, 3] = 0
+    result = route_topk(collapsed, 1)
+    assert result.balance_loss.item() == E
+    assert result.z_loss.item() == 0
+    assert route_topk(uniform, 2).z_loss.item() == pytest.approx(math.log(E) ** 2, rel=1e-6)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_route_properties(data):
+    T, E = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 10))
+    K = data.draw(st.integers(1, E))
+    score = data.draw(st.sampled_from(["softmax", "sigmoid"]))
+    gate = data.draw(st.sampled_from(["raw", "renorm"]))
+    scale = data.draw(st.sampled_from([1.0, 2.5]))
+    # sigmoid scores below 1e-20 are cut off by their denominator
+    spread = data.draw(st.sampled_from([0.0, 1.0, 30.0 if score == "softmax" else 5.0]))
+    logits = spread * normal(T, E, seed=data.draw(st.integers(0, 1000)))
+    result = route_topk(logits, K, score=score, gate=gate, scale=scale)
+    # distinct experts, counted right, with falling gates that sum to what the gate promises
+    assert all(len(set(row)) == K for row in result.expert_TK.tolist())
+    counted = torch.bincount(result.expert_TK.flatten().long(), minlength=E)
+    assert torch.equal(result.count_E, counted.int())
+    assert (result.weight_TK[:, :-1] >= result.weight_TK[:, 1:]).all()
+    total = result.weight_TK.sum(1)
+    if gate == "renorm":
+        assert (total - scale).abs().max() <= 1e-6 * scale
+    elif score == "softmax":
+        assert (total <= scale * (1 + 1e-6)).all()
+        assert K < E or (total - scale).abs().max() <= 1e-6 * scale
+    assert 0 <= result.balance_loss <= E * (1 + 1e-6)
+
+
+def test_renormalisation_survives_scores_that_underflow():
+    """The bias sends the tokens to experts whose softmax is 0 in float32; the logits still tell them apart."""
+    logits = torch.tensor([[300.0, 1.0, 0.0]], device=DEVICE, requires_grad=True)
+    bias_E = torch.tensor([-2.0, 0.0, 0.0], device=DEVICE)
+    weight_TK = route_topk(logits, 2, bias_E=bias_E).weight_TK
+    expected = torch.tensor([[1.0, 0.0]], device=DEVICE).softmax(1)
+    assert torch.equal(weight_TK, expected)
+    (dlogits,) = torch.autograd.grad(weight_TK[0, 0], logits)
+    assert torch.isfinite(dlogits).all()
+    sigmoid = route_topk(torch.full((1, 3), -300.0, device=DEVICE), 2, score="sigmoid")
+    assert torch.equal(sigmoid.weight_TK, torch.zeros(1, 2, device=DEVICE))
+    assert sigmoid.balance_loss.item() == 0
+
+
+def test_masked_tokens_are_routed_and_not_counted():
+    logits = normal(12, 5)
+    logits[::3] = torch.nan  # whatever padding holds must not reach the losses
+    mask = torch.ones(12, dtype=torch.bool, device=DEVICE)
+    mask[::3] = False
+    masked, alone = route_topk(logits, 2, token_mask_T=mask), route_topk(logits[mask], 2)
+    assert masked.expert_TK.shape == (12, 2)
+    assert torch.equal(masked.expert_TK[mask], alone.expert_TK)
+    assert torch.equal(masked.weight_TK[mask], alone.weight_TK)
+    assert torch.equal(masked.count_E, alone.count_E)
+    assert masked.balance_loss.item() == pytest.approx(alone.balance_loss.item(), rel=1e-6)
+    assert masked.z_loss.item() == pytest.approx(alone.z_loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("T", [0, 4])
+def test_losses_over_no_tokens_are_zero(T):
+    logits = normal(T, 5).requires_grad_()
+    result = route_topk(logits, 2, token_mask_T=torch.zeros(T, dtype=torch.bool, device=DEVICE))
+    assert result.weight_TK.shape == result.expert_TK.shape == (T, 2)
+    assert result.count_E.tolist() == [0] * 5
+    assert result.balance_loss.item() == result.z_loss.item() == 0
+    (dlogits,) = torch.autograd.grad(result.balance_loss + result.z_loss, logits)
+    assert torch.equal(dlogits, torch.zeros(T, 5, device=DEVICE))
+
+
+def test_route_dtypes():
+    for dtype, result_dtype in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        logits = normal(6, 4).to(dtype).requires_grad_()
+        result = route_topk(logits, 2)
+        assert result.weight_TK.dtype == result.balance_loss.dtype == result.z_loss.dtype == result_dtype
+        assert torch.autograd.grad(result.z_loss, logits)[0].dtype == dtype
+
+
+def test_strided_logits_are_copied():
+    logits = normal(6, 40).t()
+    for strided, plain in zip(route_topk(logits, 2), route_topk(logits.contiguous(), 2), strict=True):
+        assert torch.equal(strided, plain)
+
+
+@pytest.mark.parametrize(
+    ("message", "experts_per_token", "options"),
+    [
+        ("experts_per_token must be between 1 and E = 6, got 7", 7, {}),
+        ("experts_per_token must be between 1 and E = 6, got 0", 0, {}),
+        ("score must be one of 'softmax', 'sigmoid', got 'tanh'", 2, {"score": "tanh"}),
+        ("gate must be one of 'raw', 'renorm', 'straight_through', got 'top'", 2, {"gate": "top"}),
+        ("gate 'straight_through' needs experts_per_token = 1, got 2", 2, {"gate": "straight_through"}),
+        ("num_groups must divide E = 6, got 4", 2, {"num_groups": 4}),
+        ("groups_kept must be between 1 and num_groups = 3, got 4", 2, {"num_groups": 3, "groups_kept": 4}),
+        (
+            "groups_kept must leave at least experts_per_token = 3 experts, got 1 groups of 2",
+            3,
+            {"num_groups": 3},
+        ),
+        ("group_score must be one of 'top2_sum', 'max', got 'mean'", 2, {"group_score": "mean"}),
+        (r"bias must have shape \(E,\) = \(6,\), got \(5,\)", 2, {"bias_E": torch.zeros(5)}),
+        (r"bias must be bfloat16 .* got int64", 2, {"bias_E": torch.zeros(6).long()}),
+        (
+            r"token_mask must have shape \(T,\) = \(4,\), got \(4, 1\)",
+            2,
+            {"token_mask_T": torch.ones(4, 1).bool()},
+        ),
+        ("token_mask must be bool, got float32", 2, {"token_mask_T": torch.ones(4)}),
+    ],
+)
+def test_route_refuses_bad_options(message, experts_per_token, options):
+    with pytest.raises(ValueError, match=f"route_topk: {message}"):
+        route_topk(torch.randn(4, 6), experts_per_token, **options)
+
+
+def test_route_refuses_bad_logits():
+    with pytest.raises(ValueError, match=r"route_topk: logits must have 2 axes \(T, E\), got shape \(6,\)"):
+        route_topk(torch.randn(6), 1)
+    with pytest.raises(
+        ValueError, match=r"route_topk: logits must have at least 1 expert, got shape \(4, 0\)"
+    ):
+        route_topk(torch.randn(4, 0), 1)
+    with pytest.raises(ValueError, match=r"route_topk: logits must be bfloat16 .* float64, got int64"):
+        route_topk(torch.ones(4, 6).long(), 1)
+
+
+@pytest.mark.parametrize(("T", "E", "K", "options"), CASES[:7])
+def test_route_registration(T, E, K, options):
+    logits, options = make_case(T, E, K, options)
+    options = {
+        "score": "softmax",
+        "gate": "renorm",
+        "scale": 1.0,
+        "num_groups": 1,
+        "groups_kept": 1,
+    } | options
+    bias, mask = options.get("bias_E"), options.get("token_mask_T")
+    bias, mask = (None if x is None else x.cpu() for x in (bias, mask))
+    names = ("score", "gate", "scale", "num_groups", "groups_kept")
+    args = (logits.cpu(), bias, mask, K, *(options[name] for name in names), "top2_sum")
+    forward, backward = torch.ops.moe_runtime.route_topk, torch.ops.moe_runtime.route_topk_backward
+    torch.library.opcheck(forward.default, args)
+    weight, expert, count, balance, z = forward(*args)
+    dweight = torch.randn_like(weight)
+    args = (dweight, balance, z, logits.cpu(), expert, count, mask, *(options[name] for name in names[:3]))
+    torch.library.opcheck(backward.default, args)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_route_compiles_in_one_graph(score):
+    bias_E = normal(6, scale=0.1)
+
+    def fn(logits, mask):
+        options = {"score": score, "bias_E": bias_E, "num_groups": 3, "groups_kept": 2}
+        return joined(*route_topk(logits, 2, token_mask_T=mask, **options))
+
+    def make(T):
+        mask = (torch.arange(T) % 3 > 0).to(DEVICE)
+        return {"logits": normal(T, 6), "mask": mask}, normal(T * 2 + 2, seed=1)
+
+    assert_compiles_once(fn, make)
