@@ -212,7 +212,7 @@ def test_low_rank_adapters(kind):
     from peft import LoraConfig, get_peft_model
 
     mixture = "num_attention_experts" in kind
-    # the mixture's output projection is no Linear, because it also mixes: its weight is adapted as a parameter
+    # the mixture's output projection is no Linear, because it also mixes: adapt its weight as a parameter
     modules = ["q_proj", "k_proj", "v_proj"] + ([] if mixture else ["o_proj"])
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] + (
         ["self_attn.o_proj.weight"] if mixture else []
