@@ -60,6 +60,7 @@ def verify_command(
         table.add_row("base", result.base)
         table.add_row("largest difference of a logit", f"{result.max_abs_diff:.2e}")
         table.add_row("largest logit of the base", f"{result.max_abs_logit:.2e}")
+        table.add_row("float32 rounding of the base", f"{result.rounding:.2e}")
         if result.must_be_equal:
             table.add_row("must be equal", f"yes, within {result.tolerance:.0e}")
         else:

@@ -16,8 +16,9 @@ from upcycle.targets import EMPTY_SHARED_WIDTH, target_config_json
 from upcycle.tasks import Assignment, TensorTask
 
 _ASSIGN = {"copy": sparse_copy.assign, "btx": branch_train_mix.assign, "bam": bam.assign}
-_TORCH_DTYPE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_HEADER_DTYPE = {name: header for header, name in _TORCH_DTYPE.items()}
+# Names of safetensors headers -> torch's.
+TORCH_DTYPE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_HEADER_DTYPE = {name: header for header, name in TORCH_DTYPE.items()}
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def make_plan_for(recipe: Recipe) -> UpcyclePlan:
     _check_block(recipe, base, dense)
     model = _output_model(recipe, dense)
     dtype = _HEADER_DTYPE[recipe.dtype] if recipe.dtype else base.tensors[names.EMBEDDING].dtype
-    config_json = target_config_json(recipe, model, base.config_json, _TORCH_DTYPE[dtype])
+    config_json = target_config_json(recipe, model, base.config_json, TORCH_DTYPE[dtype])
     if recipe.target == "qwen2_moe":
         model = replace(model, shared_expert_intermediate_size=EMPTY_SHARED_WIDTH, shared_expert_gate=True)
     assignment = _ASSIGN[recipe.method](recipe)
@@ -181,9 +182,9 @@ def _check_tensors(source: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> No
             raise UpcycleError(
                 f"{source.folder}: tensor {name} must have shape {shape} by config.json, got {tensor.shape}"
             )
-        if tensor.dtype not in _TORCH_DTYPE:
+        if tensor.dtype not in TORCH_DTYPE:
             raise UpcycleError(
-                f"{source.folder}: tensor {name} must be of type {', '.join(_TORCH_DTYPE)}, "
+                f"{source.folder}: tensor {name} must be of type {', '.join(TORCH_DTYPE)}, "
                 f"got {tensor.dtype}; de-quantise the checkpoint first"
             )
     for name in source.tensors:

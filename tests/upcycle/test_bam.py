@@ -135,4 +135,5 @@ def test_a_real_model_keeps_its_logits(kv, smollm2, run):
     router = {"gate": "straight_through"}
     result = verify(run(method="bam", sources=[smollm2] * 2, attention={"kv": kv}, router=router))
     assert result.must_be_equal
-    assert result.max_abs_diff < 1e-4
+    # The source itself is 7e-5 away from its float64 logits, which reach 36.
+    assert result.max_abs_diff < result.tolerance < 5e-4
