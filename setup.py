@@ -1,4 +1,4 @@
-"""Packaging of moe-runtime. Torch is deliberately a range: requirements/install.sh picks the build for the machine."""
+"""Packaging of moe-runtime. Torch is a range on purpose: requirements/install.sh picks the machine's build."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ CUDA_OR_ROCM = "platform_system == 'Linux'"
 setup(
     name="moe-runtime",
     version="0.1.0.dev0",
-    description="Mixture-of-Experts models that start from dense checkpoints, on a kernel-backed PyTorch runtime",
+    description="Mixture-of-Experts models that start from dense checkpoints, on a kernel-backed runtime",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -33,7 +33,14 @@ setup(
     extras_require={
         "bench": ["pytest-benchmark>=5", "matplotlib>=3.9"],
         "demo": ["gguf>=0.17", "matplotlib>=3.9"],
-        "dev": ["hypothesis>=6", "mypy>=1.15", "pytest>=8.3", "pytest-timeout>=2.3", "ruff>=0.11", "types-PyYAML"],
+        "dev": [
+            "hypothesis>=6",
+            "mypy>=1.15",
+            "pytest>=8.3",
+            "pytest-timeout>=2.3",
+            "ruff>=0.11",
+            "types-PyYAML",
+        ],
         "flash-attn": ["flash-attn>=2.8"],
         "gguf": ["gguf>=0.17"],
         "gpu": [f"triton>=3.6; {CUDA_OR_ROCM}"],
