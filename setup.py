@@ -1,4 +1,4 @@
-"""Packaging of moe-runtime. Torch is a range on purpose: requirements/install.sh picks the machine's build."""
+"""Packaging of moe-runtime. Torch is a range: requirements/install.sh picks the machine's build."""
 
 from pathlib import Path
 

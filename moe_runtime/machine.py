@@ -63,5 +63,6 @@ def describe_machine() -> dict[str, Any]:
 
 def device_folder(machine: dict[str, Any]) -> str:
     """Folder name of this device's results: `nvidia-h100-80gb-hbm3`, `cpu-amd-epyc-2-cores`."""
-    name = machine["device"] if machine["kind"] == "gpu" else f"cpu {machine['device']} {machine['cores']} cores"
+    cpu = f"cpu {machine['device']} {machine['cores']} cores"
+    name = machine["device"] if machine["kind"] == "gpu" else cpu
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
