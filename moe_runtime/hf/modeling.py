@@ -330,11 +330,15 @@ class MoeRuntimeForCausalLM(MoeRuntimePreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
-    def forward(
+    def forward(  # trainers and generate() look for arguments by these names
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Any] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MoeRuntimeCausalLMOutput:
@@ -342,10 +346,20 @@ class MoeRuntimeForCausalLM(MoeRuntimePreTrainedModel, GenerationMixin):
 
         loss = NLL, and in training NLL + router_aux_loss_coef · Σ balance + router_z_loss_coef · Σ z over
         layers. With `num_items_in_batch` (the labels of a whole accumulated batch) each micro-batch adds its
-        share of both, so that their sum over micro-batches is the mean over the batch. Other arguments: see
-        `MoeRuntimeModel`.
+        share of both, so that their sum over micro-batches is the mean over the batch.
+
+        Raises:
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
         """
-        outputs = self.model(input_ids, attention_mask, **kwargs)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         if self.config.logit_scale != 1.0:

@@ -186,6 +186,19 @@ def test_generation_is_the_same_with_every_cache(kind):
     assert torch.equal(model.generate(ids, **settings, cache_implementation="static"), without)
 
 
+def test_positions_of_padded_prompts_count_from_their_first_token():
+    """generate() makes positions only for models whose forward names `position_ids`."""
+    model, seen = tiny_model(), []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    ids = torch.cat([torch.zeros(1, 4, dtype=torch.long), tokens(1, 6)], 1)
+    mask = torch.tensor([[0] * 4 + [1] * 6])
+    model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert seen[0][0, 4:].tolist() == list(range(6))
+    assert seen[1].tolist() == [[6]]
+
+
 def test_generation_beyond_a_sliding_window():
     model = tiny_model(BAM, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
