@@ -27,7 +27,7 @@ def upcycle_command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Make a Mixture-of-Experts model from dense ones: moe-runtime upcycle recipe.yaml"""
+    """Make a Mixture-of-Experts model from dense ones."""
     loaded = load_recipe(recipe)
     if output is not None:
         loaded = replace(loaded, output=str(output))
@@ -46,7 +46,7 @@ def verify_command(
     path: Annotated[Path, typer.Argument(help="Folder that upcycle wrote.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Compare an upcycled model with the dense model it came from: moe-runtime verify runs/my-moe
+    """Compare an upcycled model with the dense model it came from.
 
     The exit code is 1 if the method keeps the function and the logits differ.
     """

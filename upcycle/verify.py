@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Largest difference of a logit that counts as equal, unless the base's own rounding is of that size: a model
-# of 30 layers with logits of 36 was measured 7e-5 away from its float64 self, so that another order of summation
-# can exceed 1e-4 without any fault. A tensor in the wrong place changes logits by 1e-2 and more.
+# of 30 layers with logits of 36 was measured 7e-5 away from its float64 self, so that another order of
+# summation can exceed 1e-4 without any fault. A tensor in the wrong place changes logits by 1e-2 and more.
 TOLERANCE = 1e-4
 _TIMES_ROUNDING = 4
 

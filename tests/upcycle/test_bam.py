@@ -3,17 +3,13 @@
 import pytest
 import torch
 from close import assert_close_to_exact
-from safetensors.torch import load_file
+from dense_models import tensors_of
 
 from moe_runtime.hf.loading import load_causal_lm
 from upcycle import verify
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "cohere"]
 LAYER = 1
-
-
-def tensors_of(folder):
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def attend(model, x_BLD):

@@ -2,13 +2,9 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from dense_models import tensors_of
 
 from upcycle import verify
-
-
-def tensors_of(folder):
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,10 +1,12 @@
 """Recipes: what is filled in, and the sentence for everything that is wrong."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+import upcycle
 import upcycle.recipe
 from upcycle import RecipeError, load_recipe, recipe_from_dict
 from upcycle.recipe import parse_size
@@ -46,6 +48,14 @@ def test_a_recipe_reads_back_what_it_writes(values):
 def test_the_examples_are_valid_and_one_per_method(path):
     assert load_recipe(path).method == path.stem
     assert [example.stem for example in EXAMPLES] == ["bam", "btx", "copy"]
+
+
+@pytest.mark.checkpoint
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_examples_run_on_the_model_of_the_demo(path, smollm2):
+    assert Path(smollm2) == Path(".cache/smollm2-135m")
+    recipe = replace(load_recipe(path), output="never-written")
+    assert upcycle.upcycle(recipe, dry_run=True).plan.num_parameters > 200_000_000
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from close import assert_close_to_exact
-from safetensors.torch import load_file
+from dense_models import tensors_of
 from transformers import AutoModelForCausalLM
 
 from moe_runtime.hf.loading import load_causal_lm
@@ -25,10 +25,6 @@ EXACT = [
     ("qwen3", "qwen3_moe"),
     ("cohere", "moe_runtime"),
 ]
-
-
-def tensors_of(folder):
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 @pytest.mark.parametrize(("family", "target"), EXACT)
