@@ -275,19 +275,7 @@ class MoeRuntimeModel(MoeRuntimePreTrainedModel):
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(L, device=inputs_embeds.device) + seen).unsqueeze(0)
-        if isinstance(attention_mask, dict):  # generate() made the masks already
-            mask_by_type = attention_mask
-        else:
-            mask_by_type = {
-                kind: MASKS[kind](
-                    config=self.config,
-                    inputs_embeds=inputs_embeds,
-                    attention_mask=attention_mask,
-                    past_key_values=past_key_values,
-                    position_ids=position_ids,
-                )
-                for kind in set(self.config.layer_types)
-            }
+        mask_by_type = self._masks(attention_mask, inputs_embeds, past_key_values, position_ids)
         x_BLD = inputs_embeds
         rotary = self.rotary_emb(x_BLD, position_ids=position_ids)
         token_mask_BL = _token_mask(attention_mask, L)
@@ -315,6 +303,27 @@ class MoeRuntimeModel(MoeRuntimePreTrainedModel):
             z_loss=z_loss,
             expert_count=expert_count,
         )
+
+    def _masks(
+        self,
+        attention_mask: Tensor | dict[str, Any] | None,
+        inputs_embeds: Tensor,
+        past_key_values: Cache | None,
+        position_ids: Tensor,
+    ) -> dict[str, Any]:
+        """The mask of each layer type in the form that the attention implementation wants."""
+        if isinstance(attention_mask, dict):  # generate() made them already
+            return attention_mask
+        return {
+            kind: MASKS[kind](
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            for kind in set(self.config.layer_types)
+        }
 
 
 class MoeRuntimeForCausalLM(MoeRuntimePreTrainedModel, GenerationMixin):
