@@ -33,7 +33,8 @@ def register_reference(name: str) -> Callable[[Callable[..., Any]], Callable[...
 def cast_for_autocast(first: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
     """The operands of a matrix product, in autocast's dtype where autocast is on."""
     device = first.device.type
-    if not torch.is_autocast_enabled(device) or first.dtype == torch.float64:
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if not enabled or first.dtype == torch.float64:
         return (first, *rest)
     dtype = torch.get_autocast_dtype(device)
     return tuple(None if operand is None else operand.to(dtype) for operand in (first, *rest))

@@ -103,7 +103,7 @@ def route_topk_reference(  # noqa: PLR0913 - the operation's own arguments, in i
     slots_TK = counted_T[:, None].expand_as(expert_TK)
     count_E = count_E.index_add(0, expert_TK.flatten(), slots_TK.flatten().int())
     prob_E = torch.where(counted_T[:, None], prob_TE, 0).sum(0) / num_tokens
-    balance_loss = (_load(count_E, num_tokens, experts_per_token) * prob_E).sum()
+    balance_loss = (_load(count_E, num_tokens, expert_TK, prob_E.dtype) * prob_E).sum()
     z_loss = torch.where(counted_T, logits_TE.logsumexp(1).square(), 0).sum() / num_tokens
     return scale * chosen_TK, expert_TK.int(), count_E, balance_loss, z_loss
 
@@ -118,9 +118,9 @@ def _scores(logits_TE: Tensor, score: str) -> tuple[Tensor, Tensor]:
     return score_TE, score_TE / (score_TE.sum(1, keepdim=True) + TINY)
 
 
-def _top(value_TE: Tensor, number: int) -> Tensor:
+def _top(value: Tensor, number: int) -> Tensor:
     """Indices of the largest values, in falling order. A stable sort, so that ties go to the lowest index."""
-    return value_TE.sort(stable=True, dim=1, descending=True).indices[:, :number]
+    return value.sort(stable=True, dim=1, descending=True).indices[:, :number]
 
 
 def _keep_groups(choice_TE: Tensor, num_groups: int, groups_kept: int, group_score: str) -> Tensor:
@@ -142,9 +142,9 @@ def _counted(logits_TE: Tensor, token_mask_T: Tensor | None) -> tuple[Tensor, Te
     return token_mask_T, token_mask_T.sum().clamp(min=1)
 
 
-def _load(count_E: Tensor, num_tokens: Tensor, experts_per_token: int) -> Tensor:
+def _load(count_E: Tensor, num_tokens: Tensor, expert_TK: Tensor, dtype: torch.dtype) -> Tensor:
     """E * f: each expert's load in units of an even one."""
-    return count_E.shape[0] * (count_E / (num_tokens * experts_per_token))
+    return count_E.shape[0] * (count_E.to(dtype) / (num_tokens * expert_TK.shape[1]))
 
 
 @register_reference("moe_runtime::route_topk_backward")
@@ -165,7 +165,7 @@ def route_topk_backward_reference(  # noqa: PLR0913 - the operation's own argume
     counted_T, num_tokens = _counted(logits_TE, token_mask_T)
     counted_T1 = counted_T[:, None]
     score_TE, prob_TE = _scores(logits_TE, score)
-    load_E = _load(count_E, num_tokens, expert_TK.shape[1]).to(logits_TE.dtype)
+    load_E = _load(count_E, num_tokens, expert_TK, logits_TE.dtype)
     dprob_TE = torch.where(counted_T1, dbalance_loss / num_tokens * load_E, 0)
     dlogits_TE = torch.where(counted_T1, _z_grad(logits_TE) * (dz_loss / num_tokens), 0)
 

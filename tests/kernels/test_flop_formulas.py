@@ -30,7 +30,7 @@ def count(fn, *tensors, backward=True):
         y = fn(*tensors)
         forward = counter.get_total_flops()
         if backward:
-            y.sum().backward()
+            y.backward(torch.randn_like(y))
     return forward, counter.get_total_flops() - forward
 
 
@@ -113,16 +113,22 @@ def test_registering_twice_keeps_the_first():
 
 
 def test_pytorchs_grouped_mm_is_counted(plan):
-    x, up = torch.randn(N, 16).bfloat16(), torch.randn(E, 16, 32).bfloat16()
-    x.requires_grad_(), up.requires_grad_()
+    x, up = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((N, 16), (E, 16, 32)))
+    product = 2 * N * 16 * 32
 
-    def fn(x, up):
-        return functional.grouped_mm(x, up, offs=plan.offset_E)
-
-    # rows by stack forward; backward rows by stack again, and columns by rows for the weights
-    assert count(fn, x, up) == (2 * N * 16 * 32, 2 * 2 * N * 16 * 32)
-    out = functional.grouped_mm(up.detach(), x.detach().t().contiguous().t().mT, offs=plan.offset_E)
-    assert out.shape == (16, N) or out.shape[0] == 16
+    # forward: groups of rows; backward: groups of rows, and for the weights groups of the summed axis
+    assert count(lambda x, up: functional.grouped_mm(x, up, offs=plan.offset_E), x, up) == (
+        product,
+        2 * product,
+    )
+    # groups of columns, and a plain batch
+    up_E32_16, x_16N = up.detach().mT.contiguous(), x.detach().t()
+    columns = count(
+        lambda a, b: functional.grouped_mm(a, b, offs=plan.offset_E), up_E32_16, x_16N, backward=False
+    )
+    assert columns == (product, 0)
+    batch = torch.randn(E, 8, 16, dtype=torch.bfloat16)
+    assert count(functional.grouped_mm, batch, up.detach(), backward=False) == (2 * E * 8 * 16 * 32, 0)
 
 
 def test_attention_on_the_cpu_is_counted():

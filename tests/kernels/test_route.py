@@ -37,7 +37,7 @@ CASES = [
 
 
 def choose_by_hand(score_E, K, bias_E, num_groups, groups_kept, group_score):
-    """Indices of the K best experts of one token, by sorting Python numbers; `sorted` keeps the order of ties."""
+    """Indices of the K best experts of one token, by sorting numbers; `sorted` keeps the order of ties."""
     choice = [s + b for s, b in zip(score_E, bias_E, strict=True)]
     size = len(choice) // num_groups
     groups = [range(g * size, (g + 1) * size) for g in range(num_groups)]
@@ -76,7 +76,7 @@ def route_by_hand(logits, K, options):
     mask = options["token_mask_T"]
     tokens = torch.ones(T, dtype=torch.bool, device=s.device) if mask is None else mask
     count = torch.stack([(expert[tokens] == e).sum() for e in range(E)])
-    balance = E * (count / count.sum() * p[tokens].mean(0)).sum()
+    balance = E * (count.to(p.dtype) / count.sum() * p[tokens].mean(0)).sum()
     z = logits[tokens].logsumexp(1).square().mean()
     return options["scale"] * chosen, expert, count, balance, z
 
@@ -117,19 +117,15 @@ def test_route_matches_the_definition(T, E, K, options, dtype):
 
 @pytest.mark.parametrize(("T", "E", "K", "options"), CASES)
 def test_route_gradients_in_double_precision(T, E, K, options):
-    logits, options = make_case(min(T, 6), E, K, options, torch.float64)
+    logits, options = make_case(min(T, 4), E, K, options, torch.float64)
     if "token_mask_T" in options:
-        options["token_mask_T"] = options["token_mask_T"][:6]
-    if (
-        options.get("gate") == "straight_through"
-    ):  # its value is constant, so only the losses can be differentiated
-        outputs = slice(3, 5)
-    else:
-        outputs = slice(0, 5, None)
+        options["token_mask_T"] = options["token_mask_T"][:4]
+    # the value of a straight-through gate is constant: only the losses can be differentiated numerically
+    first = 3 if options.get("gate") == "straight_through" else 0
 
     def fn(logits):
         result = route_topk(logits, K, **options)
-        return tuple(x for x in result[outputs] if x.is_floating_point())
+        return tuple(x for x in result[first:] if x.is_floating_point())
 
     torch.autograd.gradcheck(fn, logits.requires_grad_())
 
@@ -219,7 +215,7 @@ def test_route_properties(data):
 
 
 def test_renormalisation_survives_scores_that_underflow():
-    """The bias sends the tokens to experts whose softmax is 0 in float32; the logits still tell them apart."""
+    """The bias chooses experts whose softmax is 0 in float32; the logits still tell them apart."""
     logits = torch.tensor([[300.0, 1.0, 0.0]], device=DEVICE, requires_grad=True)
     bias_E = torch.tensor([-2.0, 0.0, 0.0], device=DEVICE)
     weight_TK = route_topk(logits, 2, bias_E=bias_E).weight_TK
