@@ -6,7 +6,7 @@ import pytest
 from tiny_models import BAM, BAM_SHARED_KV, DENSE, KINDS, MOE
 from transformers import AutoConfig
 
-from moe_runtime.config import ModelConfig
+from moe_runtime.config import AttentionConfig, FeedForwardConfig, ModelConfig, RouterConfig
 from moe_runtime.hf import MoeRuntimeConfig
 
 
@@ -84,3 +84,55 @@ def test_head_counts_are_totals():
     assert (shared.heads_per_expert, shared.kv_heads_per_expert) == (4, 2)
     assert own.attention_config(0).total_kv_heads == own.num_key_value_heads
     assert shared.attention_config(0).total_kv_heads == shared.num_key_value_heads
+
+
+def router(**options) -> RouterConfig:
+    return RouterConfig(**({"hidden_size": 8, "num_experts": 6, "experts_per_token": 2} | options))
+
+
+def feed_forward(**options) -> FeedForwardConfig:
+    return FeedForwardConfig(**({"hidden_size": 8, "intermediate_size": 4} | options))
+
+
+def attention(**options) -> AttentionConfig:
+    sizes = {"hidden_size": 8, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "num_experts": 3}
+    return AttentionConfig(**(sizes | options))
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (router, {"num_experts": 0}, "num_experts must be a whole number of at least 1, got 0"),
+        (
+            router,
+            {"experts_per_token": True},
+            "experts_per_token must be a whole number of at least 1, got True",
+        ),
+        (router, {"score": "tanh"}, "score must be one of 'softmax', 'sigmoid', got 'tanh'"),
+        (
+            router,
+            {"gate": "straight_through"},
+            "experts_per_token must be 1 with gate 'straight_through', got 2",
+        ),
+        (router, {"num_groups": 4}, r"num_groups must divide num_experts \(6\), got 4"),
+        (router, {"num_groups": 2, "groups_kept": 3}, r"groups_kept must be at most num_groups \(2\), got 3"),
+        (
+            router,
+            {"num_groups": 6},
+            r"groups_kept must leave at least experts_per_token \(2\) experts, got 1",
+        ),
+        (feed_forward, {"expert_dropout": 1.0}, r"expert_dropout must be in \[0, 1\), got 1.0"),
+        (
+            feed_forward,
+            {"shared_intermediate_size": -1},
+            "shared_intermediate_size must not be negative, got -1",
+        ),
+        (feed_forward, {"router": router(hidden_size=9)}, r"must equal hidden_size \(8\), got 9"),
+        (attention, {"num_kv_heads": 3}, r"num_kv_heads must divide num_heads \(4\), got 3"),
+        (attention, {"top_k": 4}, r"top_k must be between 1 and num_experts \(3\), got 4"),
+        (attention, {"kv": "mine"}, "kv must be one of 'expert', 'shared', got 'mine'"),
+    ],
+)
+def test_wrong_layer_settings_are_named(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
