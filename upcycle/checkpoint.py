@@ -6,7 +6,7 @@ then the tensors' bytes without gaps. A sharded checkpoint has an index: which f
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
@@ -83,13 +83,15 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         try:
             entries = json.loads(file.read(length))
             entries.pop("__metadata__", None)
-            spans = {name: (*entry["data_offsets"], entry) for name, entry in entries.items()}
+            spans = sorted(
+                (*map(int, entry["data_offsets"]), name, str(entry["dtype"]), tuple(map(int, entry["shape"])))
+                for name, entry in entries.items()
+            )
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UpcycleError(f"{path} has a damaged safetensors header; fetch it again") from None
     tensors = {}
     position = 0
-    for name, (start, stop, entry) in sorted(spans.items(), key=lambda item: item[1][:2]):
-        dtype, shape = entry["dtype"], tuple(entry["shape"])
+    for start, stop, name, dtype, shape in spans:
         # Types that no plan reads (quantised ones) may have any size.
         expected = prod(shape) * STORAGE[dtype].itemsize if dtype in STORAGE else stop - start
         if start != position or stop - start != expected:
@@ -234,12 +236,18 @@ def index_json(shards: Sequence[Shard]) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def write_shard(path: Path, shard: Shard, chunks: Iterator[NDArray]) -> None:
-    """Write a file from the bytes of its tensors in order, and hand it to the disk."""
+def write_shard(
+    path: Path, shard: Shard, chunks: Iterable[NDArray], advance: Callable[[int], object] = lambda _: None
+) -> None:
+    """Write a file from the bytes of its tensors in order, and hand it to the disk.
+
+    `advance` is called with the number of bytes after every piece.
+    """
     with path.open("wb", buffering=0) as file:
         _write_all(file, shard.header())
         for chunk in chunks:
             _write_all(file, np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
+            advance(chunk.nbytes)
         os.fsync(file.fileno())
     path.chmod(0o644)
 

@@ -1,6 +1,7 @@
 """Files of an output that are not weights: upcycle.json, the model card, and what is copied from the base."""
 
 import json
+import os
 import platform
 import re
 import shutil
@@ -101,14 +102,16 @@ def model_card(plan: UpcyclePlan) -> str:
     """README.md with the metadata that model hubs read."""
     method = plan.recipe.method
     front = {
-        "base_model": [_model_name(source) for source in plan.sources],
+        "base_model": list(dict.fromkeys(_model_name(source) for source in plan.sources)),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["moe", "upcycled", method],
     }
     recipe = plan.recipe.to_dict()
     del recipe["output"]
-    remote_code = ", trust_remote_code=True" if plan.recipe.target == "moe_runtime" else ""
+    ours = plan.recipe.target == "moe_runtime"
+    remote_code = ", trust_remote_code=True" if ours else ""
+    needs = "With the package `moe-runtime` installed:\n\n" if ours else ""
     made = {
         "copy": "Every expert starts as a copy of the dense feed-forward (sparse upcycling).",
         "btx": "Feed-forward experts come from one source each (Branch-Train-MiX).",
@@ -128,7 +131,7 @@ def model_card(plan: UpcyclePlan) -> str:
 {note}
 It has not been trained since: its routers are random. `{RECORD_NAME}` holds the sources' hashes.
 
-```python
+{needs}```python
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{remote_code})
@@ -147,12 +150,19 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-    path.chmod(0o644)
+    _finish(path)
 
 
 def copy_file(source: Path, to: Path) -> None:
     shutil.copyfile(source, to)
-    to.chmod(0o644)
+    _finish(to)
+
+
+def _finish(path: Path) -> None:
+    """Readable for everyone, whatever the source or the umask, and on the disk."""
+    path.chmod(0o644)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _model_name(source: Checkpoint) -> str:

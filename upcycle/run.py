@@ -151,6 +151,8 @@ def _lock(folder: Path, output: Path) -> Callable[[], None]:
     except BlockingIOError:
         lock.close()
         raise UpcycleError(f"{output} is being written by another run; wait for it to end") from None
+    except OSError:  # a file system without locks
+        pass
     return lock.close
 
 
@@ -183,14 +185,10 @@ def _write(folder: Path, plan: UpcyclePlan, shards: tuple[Shard, ...]) -> None:
         hashes = _hash_sources(plan, progress)
         writing = progress.add_task(f"Writing {plan.recipe.output}", total=plan.num_bytes)
         for shard in shards:
-
-            def pieces(shard: Shard = shard) -> Iterator[Any]:
-                for task in shard.tasks:
-                    for chunk in chunks(task, readers):
-                        yield chunk
-                        progress.advance(writing, chunk.nbytes)
-
-            write_shard(folder / shard.name, shard, pieces())
+            pieces = (chunk for task in shard.tasks for chunk in chunks(task, readers))
+            write_shard(
+                folder / shard.name, shard, pieces, lambda num_bytes: progress.advance(writing, num_bytes)
+            )
         if len(shards) > 1:
             write_json(folder / INDEX_NAME, index_json(shards))
         write_side_files(folder, plan, hashes)

@@ -115,6 +115,11 @@ HEADERS = [
     pytest.param(lambda header: [1], "damaged safetensors header", id="not-an-object"),
     pytest.param(lambda header: {"a": {"dtype": "F32"}}, "damaged safetensors header", id="no-offsets"),
     pytest.param(
+        lambda header: {"a": {"dtype": "F32", "shape": None, "data_offsets": [0, 4]}},
+        "damaged safetensors header",
+        id="no-shape",
+    ),
+    pytest.param(
         lambda header: {"a": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}},
         "damaged entry",
         id="a-gap",
