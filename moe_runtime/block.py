@@ -26,9 +26,10 @@ class BlockOutput(NamedTuple):
 class Block(nn.Module):
     """One layer of the model, of the kind its config names.
 
-    sequential  h = x + attention(norm1(x));  y = h + feed_forward(norm2(h)) parallel    y = x + attention(n1)
-    + feed_forward(n2) with n1 = norm1(x) and n2 = norm2(x), or n2 = n1 when there
-                is one norm, as in BAM and Cohere's models
+        sequential   h = x + attention(norm1(x))    y = h + feed_forward(norm2(h))
+        parallel     y = x + attention(norm1(x)) + feed_forward(norm2(x))
+
+    A parallel block with one norm reads it twice, norm2 = norm1, as BAM and Cohere's models do.
 
     `attend` replaces the attention itself, see MixtureOfAttention.
     """
