@@ -190,7 +190,7 @@ def cut_rows(
     prompt_tokens: int = 32,
     seed: int = 0,
 ) -> DomainRows:
-    """Rows of `length` tokens: `heldout`, then `train`, then `tune` of them, each part from its own documents.
+    """Rows of `length` tokens: `heldout`, `train` and `tune` of them, each part from its own documents.
 
     Documents come in an order drawn from `seed`; at most ROWS_PER_DOCUMENT neighbouring rows are taken from
     each, starting at a drawn place.
