@@ -17,7 +17,7 @@ from moe_runtime.flops import model_parameters
 from moe_runtime.shapes import SHAPES, named_shape
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("flops", "generate", "upcycle", "verify")
+COMMANDS = ("demo", "flops", "generate", "upcycle", "verify")
 
 
 @pytest.fixture
@@ -110,9 +110,11 @@ def test_help_loads_no_heavy_library():
         ("flops bam-small --batch-size 0", "batch_size must be at least 1, got 0"),
         ("generate no/such --prompt x", "no/such must be a checkpoint folder, and there is no such folder"),
         ("upcycle no/such.yaml", "no/such.yaml"),
+        ("demo --text law=no/such.txt", "no/such.txt"),
     ],
 )
-def test_mistakes_exit_with_2_and_one_sentence(run, words, sentence):
+def test_mistakes_exit_with_2_and_one_sentence(run, monkeypatch, tmp_path, words, sentence):
+    monkeypatch.chdir(tmp_path)
     code, out, err = run(*words.split())
     assert (code, out) == (2, "")
     assert one_sentence(err)
