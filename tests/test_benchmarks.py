@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.alternate import Timing, time_alternately
+from benchmarks.report import render_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,3 +53,8 @@ def test_timing_is_the_median_and_the_middle_half():
 def test_one_round_has_no_spread():
     with pytest.raises(ValueError, match="rounds must be at least 2, so that there is a spread, got 1"):
         time_alternately({"a": lambda: None}, rounds=1)
+
+
+def test_pages_say_what_the_committed_results_say():
+    for path, text in render_pages(ROOT).items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `python -m benchmarks report`"

@@ -1,0 +1,157 @@
+"""Tables of README and docs/performance.md, made from the newest result file of each suite."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+BEGIN = "<!-- measured: written by `python -m benchmarks report` -->"
+END = "<!-- end of measured -->"
+
+
+def newest_results(folder: Path) -> dict[str, Path]:
+    """Suite -> its newest file, `<device>/<date>_<commit>_<suite>.json`, by the time inside."""
+    newest: dict[str, tuple[str, Path]] = {}
+    for path in folder.glob("*/*.json"):
+        suite = path.stem.split("_", 2)[2]
+        time = json.loads(path.read_text(encoding="utf-8"))["machine"]["time"]
+        if suite not in newest or time > newest[suite][0]:
+            newest[suite] = (time, path)
+    return {suite: path for suite, (_, path) in sorted(newest.items())}
+
+
+def write_pages(root: Path) -> list[Path]:
+    """Rewrite both pages; returns their paths."""
+    pages = render_pages(root)
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
+    return list(pages)
+
+
+def render_pages(root: Path) -> dict[Path, str]:
+    """What both pages must say by the committed results."""
+    files = newest_results(root / "benchmarks" / "results")
+    readme = root / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    sections = {suite: json.loads(path.read_text(encoding="utf-8")) for suite, path in files.items()}
+    shown = "\n\n".join(_readme_table(sections["demo"], files["demo"], root)) if "demo" in files else ""
+    pages = {readme: f"{before}{BEGIN}\n{shown}\n{END}{after}"}
+    parts = [
+        "# Performance",
+        "Written by `python -m benchmarks report` from the files under `benchmarks/results/`.",
+    ]
+    if not any(content["machine"]["kind"] == "gpu" for content in sections.values()):
+        parts.append("Everything here is CPU time. Nothing has been measured on a GPU yet.")
+    for suite, content in sections.items():
+        parts += _SECTIONS[suite](content, files[suite], root)
+    pages[root / "docs" / "performance.md"] = "\n\n".join(parts) + "\n"
+    return pages
+
+
+# --- parts ---
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *map(list, rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _origin(content: dict[str, Any], path: Path, root: Path) -> str:
+    machine = content["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    link = path.relative_to(root).as_posix()
+    state = " with uncommitted changes" if machine["dirty"] else ""
+    return (
+        f"{machine['kind'].upper()} time on {machine['device']}, {machine['threads']} threads; {versions}; "
+        f"commit {machine['commit'][:7]}{state}; `{link}`."
+    )
+
+
+def _demo_rows(report: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, entry in report["models"].items():
+        cost, timed = report["cost"].get(name), report["latency"].get(name)
+        rows.append(
+            [
+                entry["title"],
+                *(f"{value:.2f}" for value in entry["perplexity"].values()),
+                f"{entry['mean_perplexity']:.2f}",
+                f"{cost['total_parameters'] / 1e6:.0f} / {cost['active_parameters'] / 1e6:.0f} M"
+                if cost
+                else "",
+                f"{cost['forward_flops'] / 1e6:.0f} M" if cost else "",
+                _milliseconds(timed, "prefill_s") if timed else "",
+                _milliseconds(timed, "decode_s") if timed else "",
+            ]
+        )
+    return rows
+
+
+def _milliseconds(timed: list[dict[str, Any]], kind: str) -> str:
+    medians = [1e3 * measured[kind]["median"] for measured in timed]
+    return f"{sum(medians) / len(medians):.0f} ms"
+
+
+def _demo_table(report: dict[str, Any]) -> str:
+    domains = [domain["name"] for domain in report["domains"]]
+    header = ["held-out perplexity", *domains, "mean", "parameters, total / active", "FLOPs / token"]
+    prompt = report["settings"]["latency_prompt"]
+    return _table([*header, f"prefill of {prompt} tokens", "one decoded token"], _demo_rows(report))
+
+
+def _readme_table(report: dict[str, Any], path: Path, root: Path) -> list[str]:
+    return [
+        "`make demo` on a laptop-sized CPU: SmolLM2-135M, specialists trained and mixtures tuned in "
+        f"{report['seconds'] / 60:.1f} minutes on {len(report['domains'])} domains of real text.",
+        _demo_table(report),
+        _origin(report, path, root),
+    ]
+
+
+def _demo_section(report: dict[str, Any], path: Path, root: Path) -> list[str]:
+    sentences = "\n".join(f"- {sentence}" for sentence in report["conclusions"])
+    return ["## The demonstration", _demo_table(report), sentences, _origin(report, path, root)]
+
+
+def _ratio_section(title: str, explained: str) -> Any:
+    def section(content: dict[str, Any], path: Path, root: Path) -> list[str]:
+        rows = content["rows"]
+        names = list(rows[0]["timings"])
+        first = rows[0]["ratio_to"]
+        table = _table(
+            [*rows[0]["case"], *(f"{name} (ms, middle half)" for name in names), f"time / {first}", "FLOPs"],
+            [
+                [
+                    *(str(value) for value in row["case"].values()),
+                    *(_spread(row["timings"][name]) for name in names),
+                    ", ".join(f"{row['ratios'][name]:.2f}" for name in names if name != first),
+                    ", ".join(f"{flops / 1e6:,.1f} M" for flops in dict.fromkeys(row["flops"].values())),
+                ]
+                for row in rows
+            ],
+        )
+        return [f"## {title}", explained, table, _origin(content, path, root)]
+
+    return section
+
+
+def _spread(timing: dict[str, float]) -> str:
+    median, q1, q3 = (1e3 * timing[name] for name in ("median_s", "q1_s", "q3_s"))
+    return f"{median:.2f} ({q1:.2f} to {q3:.2f})"
+
+
+_SECTIONS = {
+    "demo": _demo_section,
+    "attention_mixture": _ratio_section(
+        "Soft mixture of attention",
+        "One attention call over the heads of all attention experts, against a loop over the experts that "
+        "computes the same. Timed in turns; medians.",
+    ),
+    "moe_layer": _ratio_section(
+        "Mixture-of-Experts layer against dense",
+        "Three layers that compute the same function: dense of equal active FLOPs, dense of one expert's "
+        "width, and the mixture. Timed in turns; medians; ratios to the dense layer of equal active FLOPs.",
+    ),
+}
