@@ -15,7 +15,10 @@ def _poison_uninitialised_memory():
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
-    """Folder of a tiny random Llama with its tokenizer."""
-    from tiny_models import save_tiny_llama
+    """Folder of a tiny random Llama with a tokenizer of bytes."""
+    from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
+    from dense_models import save_dense
 
-    return save_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    byte_tokenizer().save_pretrained(folder)
+    return save_dense(folder, "llama", vocab_size=VOCAB_SIZE)
