@@ -1,7 +1,7 @@
 """What a config.json of a known model family means, as a `ModelConfig`. Needs neither torch nor transformers.
 
 Reads the files of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`). Keys that a file
-leaves out have the default of the family's own configuration class; sizes have none, as every writer has them.
+leaves out have the default of the family's own configuration class; sizes have none: every writer has them.
 """
 
 from collections.abc import Callable, Mapping
