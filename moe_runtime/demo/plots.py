@@ -61,10 +61,11 @@ def routing_figure(report: dict[str, Any]) -> str:
     even = 1.0 / (len(domains) + 1)
     for axes, (title, by_domain) in zip(panels, grids.items(), strict=True):
         rows = [_mean_over_layers(by_domain[name]) for name in domains]
-        axes.imshow(rows, cmap="YlOrBr", vmin=0.0, vmax=max(2 * even, max(map(max, rows))), aspect="auto")
+        darkest = max(2 * even, max(map(max, rows)))
+        axes.imshow(rows, cmap="YlOrBr", vmin=0.0, vmax=darkest, aspect="auto")
         for y, row in enumerate(rows):
             for x, value in enumerate(row):
-                colour = "white" if value > 1.6 * even else "#333333"
+                colour = "white" if value > 0.6 * darkest else "#333333"
                 axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=9, color=colour)
         axes.set_xticks(range(len(domains) + 1), ["dense", *domains], fontsize=8, rotation=20)
         axes.set_yticks(range(len(domains)), domains, fontsize=9)

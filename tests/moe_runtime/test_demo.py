@@ -19,7 +19,7 @@ from moe_runtime.demo.train import TrainSettings
 TRAINING = TrainSettings(learning_rates=(("", 1e-2),), rows_per_step=2)
 SETTINGS = DemoSettings(
     row_length=32,
-    specialist_rows=12,
+    specialist_rows=16,
     tune_rows=8,
     heldout_rows=4,
     specialist=TRAINING,
@@ -109,7 +109,7 @@ def test_report_holds_every_model_and_every_figure(finished):
 def test_token_counts_name_the_same_tokens_for_baseline_and_mixtures(finished):
     _, report, _ = finished
     seen = {name: entry["tokens_seen"] for name, entry in report["models"].items()}
-    specialist, tuning = 12 * 32, 2 * 8 * 32
+    specialist, tuning = 16 * 32, 2 * 8 * 32
     assert seen["dense"] == seen["copy"] == 0
     assert seen["specialist-numbers"] == specialist
     assert seen["average"] == seen["btx-untuned"] == 2 * specialist
@@ -122,9 +122,9 @@ def test_training_lowers_the_perplexity_of_what_was_trained_on(finished):
     _, report, _ = finished
     models = report["models"]
     for name in ("numbers", "letters"):
-        assert models[f"specialist-{name}"]["perplexity"][name] < 0.7 * models["dense"]["perplexity"][name]
+        assert models[f"specialist-{name}"]["perplexity"][name] < 0.9 * models["dense"]["perplexity"][name]
     for name in ("dense-tuned", "btx", "bam"):
-        assert models[name]["mean_perplexity"] < 0.7 * models["dense"]["mean_perplexity"]
+        assert models[name]["mean_perplexity"] < 0.5 * models["dense"]["mean_perplexity"]
 
 
 def test_copy_has_the_perplexity_of_the_dense_source(finished):
@@ -244,7 +244,7 @@ def test_a_text_that_is_empty_or_not_utf8_is_told_in_one_sentence(tmp_path, caps
 def test_a_text_of_ones_own_that_is_too_short_is_told(tmp_path, source):
     short = tmp_path / "short.txt"
     short.write_text("a few words only")
-    with pytest.raises(ValueError, match=r"the text 'mine' .* must give 24 rows of 32 tokens"):
+    with pytest.raises(ValueError, match=r"the text 'mine' .* must give 28 rows of 32 tokens"):
         demo(source, tmp_path / "out", texts=[f"mine={short}"])
 
 
