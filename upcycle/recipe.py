@@ -1,6 +1,7 @@
 """Recipes: what to upcycle, from what, into what. Frozen, checked when built, read from YAML."""
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -42,9 +43,14 @@ class RouterRecipe:
             value = getattr(self, name)
             if value is not None:
                 _check_type(f"router.{name}", value, (int, float))
+                if not math.isfinite(value):
+                    raise RecipeError(f"router.{name} must be finite, got {value}")
+                if value < 0 and name.endswith("_coef"):
+                    raise RecipeError(f"router.{name} must not be negative, got {value}")
         # A router of zeros scores all experts alike, so that top-k sends every token to the same ones.
-        if self.std <= 0:
-            raise RecipeError(f"router.std must be above 0, got {self.std}")
+        for name in ("scale", "std"):
+            if getattr(self, name) <= 0:
+                raise RecipeError(f"router.{name} must be above 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +249,9 @@ def _build(kind: type, values: Mapping[str, Any], section: str) -> Any:
     built = {}
     for name, value in values.items():
         section_kind = {"router": RouterRecipe, "attention": AttentionRecipe}.get(name)
-        if section_kind is not None and value is not None:
+        if section_kind is not None:
+            if value is None:  # a section whose lines are all commented out
+                continue
             if not isinstance(value, Mapping):
                 raise RecipeError(f"{name} must be a section of 'key: value' lines, got {value!r}")
             value = _build(section_kind, value, name)

@@ -44,6 +44,11 @@ def test_a_recipe_reads_back_what_it_writes(values):
     assert recipe_from_dict(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
 
 
+def test_a_section_without_lines_is_the_default():
+    """What is left when every line of a section is commented out."""
+    assert recipe_from_dict({**BAM, "router": None, "attention": None}) == recipe_from_dict(BAM)
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_examples_are_valid_and_one_per_method(path):
     assert load_recipe(path).method == path.stem
@@ -126,6 +131,18 @@ WRONG = [
     ),
     pytest.param({**BTX, "router": {"std": 0}}, "router.std must be above 0, got 0", id="zero-router"),
     pytest.param({**BTX, "router": {"std": "big"}}, "router.std must be a number, got 'big'", id="std-type"),
+    pytest.param(
+        {**BTX, "router": {"std": float("nan")}}, "router.std must be finite, got nan", id="nan-router"
+    ),
+    pytest.param(
+        {**BTX, "router": {"scale": float("inf")}}, "router.scale must be finite, got inf", id="scale-inf"
+    ),
+    pytest.param({**BTX, "router": {"scale": 0}}, "router.scale must be above 0, got 0", id="scale-zero"),
+    pytest.param(
+        {**BTX, "router": {"z_loss_coef": -1e-3}},
+        "router.z_loss_coef must not be negative, got -0.001",
+        id="negative-loss",
+    ),
     pytest.param({**BTX, "layers": []}, "layers must be 'all', 'every_other' or a list", id="no-layers"),
     pytest.param({**BTX, "layers": [1.5]}, "layers must be 'all', 'every_other' or a list", id="layers-type"),
     pytest.param({**BTX, "block": "serial"}, "block must be one of 'sequential', 'parallel'", id="block"),
