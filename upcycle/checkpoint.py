@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not config_path.exists():
         raise UpcycleError(f"{config_path} is missing; a checkpoint folder must hold it")
     config_json = read_json(config_path)
-    index = folder / INDEX_NAME
-    if index.exists():
-        tensors = _sharded(folder, read_json(index))
+    if (folder / INDEX_NAME).exists():
+        tensors = _sharded(folder, read_json(folder / INDEX_NAME))
     elif (folder / SINGLE_NAME).exists():
         tensors = read_header(folder / SINGLE_NAME)
     else:
@@ -75,20 +75,24 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file, after checking that its bytes are all there and each belongs to one tensor."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise UpcycleError(f"{path} is truncated or no safetensors file; fetch it again")
-        try:
-            entries = json.loads(file.read(length))
-            entries.pop("__metadata__", None)
-            spans = sorted(
-                (*map(int, entry["data_offsets"]), name, str(entry["dtype"]), tuple(map(int, entry["shape"])))
-                for name, entry in entries.items()
-            )
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UpcycleError(f"{path} has a damaged safetensors header; fetch it again") from None
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
+                raise UpcycleError(f"{path} is truncated or no safetensors file; fetch it again")
+            text = file.read(length)
+    except OSError as error:
+        raise UpcycleError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        spans = sorted(
+            (*map(index, entry["data_offsets"]), name, str(entry["dtype"]), tuple(map(index, entry["shape"])))
+            for name, entry in entries.items()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UpcycleError(f"{path} has a damaged safetensors header; fetch it again") from None
     tensors = {}
     position = 0
     for start, stop, name, dtype, shape in spans:
@@ -108,10 +112,15 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _sharded(folder: Path, index: dict[str, Any]) -> dict[str, StoredTensor]:
-    weight_map = index.get("weight_map")
+def _sharded(folder: Path, values: dict[str, Any]) -> dict[str, StoredTensor]:
+    weight_map = values.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UpcycleError(f"{folder / INDEX_NAME} has no 'weight_map'; fetch it again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file or file == ".." or Path(file).name != file:
+            raise UpcycleError(
+                f"{folder / INDEX_NAME} places tensor {name} in {file!r}, which must be a file of that folder"
+            )
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
         path = folder / file

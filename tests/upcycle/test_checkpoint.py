@@ -1,6 +1,7 @@
 """Reading: all damage to a checkpoint is told by name. Writing: what safetensors itself reads back."""
 
 import json
+import re
 import stat
 
 import numpy as np
@@ -113,6 +114,16 @@ def grow_shape(header):
 HEADERS = [
     pytest.param(grow_shape, "has a damaged entry in the header", id="shape"),
     pytest.param(lambda header: [1], "damaged safetensors header", id="not-an-object"),
+    pytest.param(
+        lambda header: {"a": {"dtype": "F32", "shape": [1.5], "data_offsets": [0, 4]}},
+        "damaged safetensors header",
+        id="fraction",
+    ),
+    pytest.param(
+        lambda header: {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, float("inf")]}},
+        "damaged safetensors header",
+        id="infinite",
+    ),
     pytest.param(lambda header: {"a": {"dtype": "F32"}}, "damaged safetensors header", id="no-offsets"),
     pytest.param(
         lambda header: {"a": {"dtype": "F32", "shape": None, "data_offsets": [0, 4]}},
@@ -134,6 +145,26 @@ def test_a_damaged_header_is_named(change, message, dense_copy):
     with pytest.raises(UpcycleError, match=message) as error:
         read_header(path)
     assert path.name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "file", [["a"], 3, None, "", ".", "..", "deep/model.safetensors", "/etc/passwd"], ids=repr
+)
+def test_an_index_that_names_no_file_of_its_folder_is_refused(file, dense_copy):
+    folder = dense_copy()
+    edit_index(folder, lambda weights: weights.update({"model.norm.weight": file}))
+    message = f"{INDEX_NAME} places tensor model.norm.weight in {file!r}, which must be a file of that folder"
+    with pytest.raises(UpcycleError, match=re.escape(message)):
+        open_checkpoint(folder)
+
+
+def test_a_file_that_cannot_be_read_is_named(dense_copy):
+    folder = dense_copy()
+    path = shards_of(folder)[0]
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UpcycleError, match=rf"{path.name} cannot be read: Is a directory"):
+        open_checkpoint(folder)
 
 
 def test_shards_that_disagree_with_the_index_are_named(dense_copy):
