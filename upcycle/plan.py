@@ -3,6 +3,7 @@
 import filecmp
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from moe_runtime.config import ModelConfig
@@ -137,6 +138,8 @@ def _chosen_layers(recipe: Recipe, num_layers: int) -> tuple[int, ...] | None:
     if recipe.layers == "all":
         return None
     if recipe.layers == "every_other":
+        if num_layers == 1:
+            raise RecipeError("layers 'every_other' leaves no layer with experts in a model of 1 layer")
         return tuple(range(1, num_layers, 2))
     assert isinstance(recipe.layers, tuple)
     for number in recipe.layers:
@@ -201,10 +204,15 @@ def _check_vocabularies(base: Checkpoint, sources: tuple[Checkpoint, ...]) -> No
         ours, theirs = base.folder / "tokenizer.json", source.folder / "tokenizer.json"
         if not ours.exists() or not theirs.exists() or filecmp.cmp(ours, theirs, shallow=False):
             continue
-        if read_json(ours).get("model", {}).get("vocab") != read_json(theirs).get("model", {}).get("vocab"):
+        if _vocabulary(ours) != _vocabulary(theirs):
             raise UpcycleError(
                 f"the sources must share one vocabulary, but that of {ours} differs from that of {theirs}"
             )
+
+
+def _vocabulary(tokenizer: Path) -> Any:
+    model = read_json(tokenizer).get("model")
+    return model.get("vocab") if isinstance(model, dict) else None
 
 
 def _check_block(recipe: Recipe, base: Checkpoint, dense: ModelConfig) -> None:

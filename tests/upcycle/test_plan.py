@@ -247,6 +247,9 @@ def test_tokenizers_must_share_their_vocabulary(dense_copy):
         UpcycleError, match=r"share one vocabulary, but that of .*a.tokenizer.json differs from"
     ):
         plan_of(method="btx", sources=sources)
+    (folders[1] / "tokenizer.json").write_text(json.dumps({"model": None}))
+    with pytest.raises(UpcycleError, match="share one vocabulary"):
+        plan_of(method="btx", sources=sources)
     (folders[1] / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"x": 0, "y": 1}}}))
     assert len(plan_of(method="btx", sources=sources).sources) == 2
 
@@ -305,6 +308,13 @@ def test_tensors_without_a_place_are_named(dense_copy):
         UpcycleError, match=r"tensor model\.layers\.0\.adapter\.weight has no place in a llama model"
     ):
         copy_plan(folder)
+
+
+def test_every_other_of_one_layer_is_none(dense):
+    with pytest.raises(
+        UpcycleError, match="layers 'every_other' leaves no layer with experts in a model of 1"
+    ):
+        copy_plan(dense("llama", num_hidden_layers=1), layers="every_other")
 
 
 def test_layers_outside_the_model_are_named(dense):
