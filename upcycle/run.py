@@ -23,12 +23,13 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from upcycle import names
 from upcycle.checkpoint import INDEX_NAME, RowReader, Shard, index_json, make_shards, write_shard
 from upcycle.errors import UpcycleError
 from upcycle.plan import UpcyclePlan, make_plan_for
 from upcycle.provenance import hash_file, write_json, write_side_files
 from upcycle.recipe import Recipe, load_recipe, parse_size
-from upcycle.stream import chunks
+from upcycle.stream import are_equal, chunks
 
 try:
     import fcntl
@@ -88,8 +89,8 @@ def upcycle(recipe: Recipe | str | Path, *, dry_run: bool = False) -> UpcycleRes
         _check_disk(output, plan.num_bytes)
         with _working_folder(output) as folder:
             _write(folder, plan, shards)
-    names = tuple(shard.name for shard in shards)
-    return UpcycleResult(output, plan, names, dry_run, time.monotonic() - start)
+    files = tuple(shard.name for shard in shards)
+    return UpcycleResult(output, plan, files, dry_run, time.monotonic() - start)
 
 
 def _check_free(output: Path) -> None:
@@ -182,6 +183,8 @@ def _write(folder: Path, plan: UpcyclePlan, shards: tuple[Shard, ...]) -> None:
     with ExitStack() as stack:
         progress = stack.enter_context(_progress())
         readers = [stack.enter_context(RowReader(source)) for source in plan.sources]
+        for reader in readers:
+            _check_tied_head(plan, reader)
         hashes = _hash_sources(plan, progress)
         writing = progress.add_task(f"Writing {plan.recipe.output}", total=plan.num_bytes)
         for shard in shards:
@@ -192,6 +195,18 @@ def _write(folder: Path, plan: UpcyclePlan, shards: tuple[Shard, ...]) -> None:
         if len(shards) > 1:
             write_json(folder / INDEX_NAME, index_json(shards))
         write_side_files(folder, plan, hashes)
+
+
+def _check_tied_head(plan: UpcyclePlan, reader: RowReader) -> None:
+    """A stored head wins over `tie_word_embeddings` where the two differ; a tied output would lose it."""
+    source = reader.checkpoint
+    if not plan.dense.tie_word_embeddings or names.HEAD not in source.tensors:
+        return
+    if not are_equal(names.HEAD, names.EMBEDDING, reader):
+        raise UpcycleError(
+            f"{source.folder}: {names.HEAD} differs from {names.EMBEDDING}, though config.json ties them; "
+            "set tie_word_embeddings to false there, or remove the tensor"
+        )
 
 
 def _hash_sources(plan: UpcyclePlan, progress: Progress) -> dict[str, dict[str, str]]:

@@ -32,6 +32,24 @@ def chunks(task: TensorTask, readers: Sequence[RowReader]) -> Iterator[NDArray]:
                 yield from _band_chunks(task, band, readers)
 
 
+def are_equal(first: str, second: str, reader: RowReader) -> bool:
+    """True if two matrices of one checkpoint hold the same numbers."""
+    one, other = (reader.checkpoint.tensors[name] for name in (first, second))
+    if one.shape != other.shape or not {one.dtype, other.dtype} <= STORAGE.keys():
+        return False
+    rows, width = one.shape
+    step = max(1, CHUNK_BYTES // (8 * width))
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        parts = (
+            to_float32(reader.rows(name, width, start, count), tensor.dtype)
+            for name, tensor in ((first, one), (second, other))
+        )
+        if not np.array_equal(*parts):
+            return False
+    return True
+
+
 def _draw(normal: Normal, shape: tuple[int, ...]) -> NDArray[np.float32]:
     key = int.from_bytes(sha256(f"{normal.seed} {normal.label}".encode()).digest()[:16], "little")
     generator = np.random.Generator(np.random.Philox(key=key))

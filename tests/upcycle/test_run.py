@@ -1,6 +1,7 @@
 """A run ends with a whole model under its name, or with one sentence and nothing."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -143,6 +144,19 @@ def test_values_too_large_for_the_type_are_named(dense_copy, tmp_path):
     save_file(tensors, folder / "model.safetensors")
     recipe = copy_recipe(folder, tmp_path, dtype="float16")
     fails(recipe, tmp_path, "model.norm.weight is too large for F16; set 'dtype' to bfloat16 or float32")
+
+
+def test_a_head_of_its_own_under_a_tied_configuration_is_named(dense_copy, tmp_path):
+    """transformers then uses the stored head, so that dropping it would change the model."""
+    folder = dense_copy(shard="1GB")
+    path, config = folder / "model.safetensors", folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": True}))
+    message = "damaged: lm_head.weight differs from model.embed_tokens.weight, though config.json ties them"
+    fails(copy_recipe(folder, tmp_path), tmp_path, message)
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, path)
+    assert upcycle.verify(upcycle.upcycle(copy_recipe(folder, tmp_path)).output).passed
 
 
 def test_a_truncated_source_is_named(dense_copy, tmp_path):
