@@ -130,8 +130,9 @@ def _working_folder(output: Path) -> Iterator[Path]:
                 path.unlink()
         yield folder
         _check_free(output)
-        (folder / _LOCK_NAME).unlink(missing_ok=True)
         folder.rename(output)
+        # Not before: a run that starts in between would take the folder for a killed run's and empty it.
+        (output / _LOCK_NAME).unlink(missing_ok=True)
         _sync_folder(output.parent)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)

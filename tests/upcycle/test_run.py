@@ -232,6 +232,22 @@ def test_an_output_that_appears_during_the_run_is_left_alone(dense, tmp_path, mo
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_the_folder_is_held_until_it_has_its_name(dense, tmp_path, monkeypatch):
+    recipe = copy_recipe(dense("llama"), tmp_path)
+    real, refused = RUN.Path.rename, []
+
+    def rename(path, target):
+        with pytest.raises(UpcycleError, match="out is being written by another run"):
+            upcycle.upcycle(recipe)
+        refused.append(path.name)
+        return real(path, target)
+
+    monkeypatch.setattr(RUN.Path, "rename", rename)
+    output = upcycle.upcycle(recipe).output
+    assert refused == [".out.incomplete"]
+    assert ".lock" not in {path.name for path in output.iterdir()}
+
+
 STOPS_AFTER_A_SHARD = """
 import sys, time, upcycle
 run = sys.modules["upcycle.run"]
