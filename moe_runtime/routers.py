@@ -1,5 +1,6 @@
 """Routers: which experts a token goes to, and with which weight. Arithmetic is float32 in every model."""
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -147,6 +148,7 @@ def _trains(router: TopKRouter | SoftRouter) -> bool:
 
 def _float32_logits(x_TD: Tensor, weight: Tensor) -> Tensor:
     """x · weightᵀ in at least float32: autocast is off, because bfloat16 logits would flip close choices."""
-    dtype = torch.promote_types(x_TD.dtype, torch.float32)
-    with torch.autocast(x_TD.device.type, enabled=False):
+    dtype, device = torch.promote_types(x_TD.dtype, torch.float32), x_TD.device.type
+    has_autocast = torch.amp.is_autocast_available(device)  # the meta device has none, and asking raises
+    with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
         return F.linear(x_TD.to(dtype), weight.to(dtype))

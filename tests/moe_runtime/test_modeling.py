@@ -149,6 +149,17 @@ def test_is_gpt_neox_with_partial_rotation_biases_and_two_parallel_norms():
         assert_equal_up_to_rounding("logits", ours(ids).logits, theirs(ids).logits)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_without_memory_on_the_meta_device(kind):
+    ids = torch.zeros(2, 9, dtype=torch.long, device="meta")
+    with torch.device("meta"):
+        model = MoeRuntimeForCausalLM(MoeRuntimeConfig(**KINDS[kind])).train()
+    out = model(ids, labels=ids)
+    assert out.logits.shape == (2, 9, VOCAB_SIZE)
+    out.loss.backward()
+    assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
+
+
 # --- caches and generation ---
 
 
