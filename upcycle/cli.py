@@ -2,12 +2,14 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from upcycle.plan import UpcyclePlan
@@ -36,10 +38,9 @@ def upcycle_command(
         tensors = {"plan": _rows(result.plan)} if dry_run else {}
         typer.echo(json.dumps({**result.to_dict(), **tensors}, indent=2))
         return
-    console = Console()
     if dry_run:
-        console.print(_plan_table(result.plan))
-    console.print(_summary(result), highlight=False)
+        _console().print(_plan_table(result.plan))
+    typer.echo(_summary(result))
 
 
 def verify_command(
@@ -54,10 +55,9 @@ def verify_command(
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=2))
     else:
-        console = Console()
         table = Table(show_header=False, box=None)
-        table.add_row("model", f"{result.path} ({result.method}, {result.target})")
-        table.add_row("base", result.base)
+        table.add_row("model", escape(f"{result.path} ({result.method}, {result.target})"))
+        table.add_row("base", escape(result.base))
         table.add_row("largest difference of a logit", f"{result.max_abs_diff:.2e}")
         table.add_row("largest logit of the base", f"{result.max_abs_logit:.2e}")
         table.add_row("float32 rounding of the base", f"{result.rounding:.2e}")
@@ -66,12 +66,17 @@ def verify_command(
         else:
             table.add_row("must be equal", "no: " + "; ".join(result.not_equal_because))
         table.add_row("result", "passed" if result.passed else "FAILED")
-        console.print(table)
+        _console().print(table)
     if not result.passed:
         raise typer.Exit(1)
 
 
 # --- what is printed ---
+
+
+def _console() -> Console:
+    """A pipe has no width; the 80 columns that rich would take break every name."""
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def _summary(result: UpcycleResult) -> str:
@@ -117,6 +122,6 @@ def _plan_table(plan: UpcyclePlan) -> Table:
     for row in _rows(plan):
         table.add_row(row["name"], str(row["count"]), " x ".join(map(str, row["shape"])), row["from"])
     for number, source in enumerate(plan.sources):
-        table.caption = f"{table.caption or ''}source {number}: {source.folder}\n"
+        table.caption = f"{table.caption or ''}source {number}: {escape(str(source.folder))}\n"
     table.caption_justify = "left"
     return table

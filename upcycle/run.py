@@ -227,7 +227,7 @@ def _progress() -> Progress:
     """Rate and time left on a terminal; silent elsewhere."""
     console = Console(stderr=True)
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

@@ -67,6 +67,16 @@ def test_tables_for_people(recipe, tmp_path):
     assert "passed" in text
 
 
+def test_a_path_that_looks_like_markup_is_printed_as_it_is(dense, tmp_path, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # with a progress bar
+    output = tmp_path / "[/red][bold]x"
+    path = tmp_path / "recipe.yaml"
+    values = {"method": "copy", "base": str(dense("llama")), "experts": 2, "output": str(output)}
+    path.write_text(yaml.safe_dump(values))
+    assert f"{output}:" in invoke("upcycle", path).replace("\n", "")
+    assert f"{output} (copy, moe_runtime)" in invoke("verify", output).replace("\n", "")
+
+
 def test_a_failed_verification_has_exit_code_1(dense, run):
     folder = run(method="copy", base=dense("llama"), experts=2)
     record = json.loads((folder / "upcycle.json").read_text())
