@@ -41,11 +41,8 @@ def are_equal(first: str, second: str, reader: RowReader) -> bool:
     step = max(1, CHUNK_BYTES // (8 * width))
     for start in range(0, rows, step):
         count = min(step, rows - start)
-        parts = (
-            to_float32(reader.rows(name, width, start, count), tensor.dtype)
-            for name, tensor in ((first, one), (second, other))
-        )
-        if not np.array_equal(*parts):
+        part = to_float32(reader.rows(first, width, start, count), one.dtype)
+        if not np.array_equal(part, to_float32(reader.rows(second, width, start, count), other.dtype)):
             return False
     return True
 

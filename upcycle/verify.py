@@ -74,12 +74,18 @@ def verify(path: str | Path) -> Verification:
         raise UpcycleError(f"{folder} holds no {RECORD_NAME}; verify takes a folder that upcycle wrote")
     record = read_json(folder / RECORD_NAME)
     output = open_checkpoint(folder)
-    source = record["sources"][record["base"]]
-    base = open_checkpoint(source["path"])
-    for name, expected in source["files"].items():
-        if hash_file(base.folder / name) != expected:
-            raise UpcycleError(f"{base.folder / name} has changed since {folder} was made from it")
     model = model_config(output.config_json)
+    try:
+        reasons = differences(record, model)
+        source = record["sources"][record["base"]]
+        method, base_path, hashes = record["method"], source["path"], source["files"]
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise UpcycleError(f"{folder / RECORD_NAME} is damaged; run the recipe again") from None
+    base = open_checkpoint(base_path)
+    for name, expected in hashes.items():
+        file = base.folder / name
+        if not file.is_file() or hash_file(file) != expected:
+            raise UpcycleError(f"{file} has changed since {folder} was made from it")
     dtype = next(
         tensor.dtype for name, tensor in output.tensors.items() if name.endswith("embed_tokens.weight")
     )
@@ -89,13 +95,13 @@ def verify(path: str | Path) -> Verification:
     return Verification(
         path=str(folder),
         base=str(base.folder),
-        method=record["method"],
+        method=method,
         target=output.config_json["model_type"],
         max_abs_diff=(logits - expected).abs().max().item(),
         max_abs_logit=expected.abs().max().item(),
         rounding=(expected - exact).abs().max().item(),
         finite=bool(logits.isfinite().all()),
-        not_equal_because=differences(record, model),
+        not_equal_because=reasons,
     )
 
 

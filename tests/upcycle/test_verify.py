@@ -98,6 +98,14 @@ def test_a_folder_of_another_kind_is_named(dense):
         verify(dense("llama"))
 
 
+@pytest.mark.parametrize("content", ["{}", '{"sources": [], "base": 0}', '{"sources": 3, "base": "a"}'])
+def test_a_damaged_record_is_named(content, dense, run):
+    folder = run(method="copy", base=dense("llama"), experts=2)
+    (folder / "upcycle.json").write_text(content)
+    with pytest.raises(UpcycleError, match=r"upcycle\.json is damaged; run the recipe again"):
+        verify(folder)
+
+
 def test_a_base_that_changed_or_went_is_named(dense_copy, run):
     source = dense_copy(shard="1GB")
     folder = run(method="copy", base=source, experts=2)
@@ -105,6 +113,11 @@ def test_a_base_that_changed_or_went_is_named(dense_copy, run):
     tensors = load_file(path)
     tensors["model.norm.weight"][0] += 1.0
     save_file(tensors, path)
+    with pytest.raises(UpcycleError, match=r"model\.safetensors has changed since .*out was made from it"):
+        verify(folder)
+    path.rename(source / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UpcycleError, match=r"model\.safetensors has changed since .*out was made from it"):
         verify(folder)
     source.rename(source.with_name("moved"))
