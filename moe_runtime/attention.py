@@ -65,7 +65,8 @@ class MixtureOfAttention(nn.Module):
         if self.router is None:
             return self.o_proj(attended.flatten(2))
         S = 1 if self.config.kv == "expert" else self.config.num_kv_heads
-        o_TSAQ = attended.reshape(x_BLD.shape[0] * x_BLD.shape[1], S, self.config.num_experts, -1)
+        Q = self.config.num_heads // S * P  # not -1, which nothing decides when there are no tokens
+        o_TSAQ = attended.reshape(x_BLD.shape[0] * x_BLD.shape[1], S, self.config.num_experts, Q)
         return self.o_proj(o_TSAQ, self.router(x_BLD.flatten(0, 1))).view(x_BLD.shape)
 
 

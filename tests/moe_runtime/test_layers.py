@@ -49,6 +49,20 @@ def test_shape_suffixes_hold(kind):
     out.loss.backward()
 
 
+@pytest.mark.parametrize("kind", [MOE, BAM, BAM_SHARED_KV], ids=["moe", "bam", "bam-shared-kv"])
+@pytest.mark.parametrize(("batch", "length"), [(0, 7), (2, 0)])
+def test_no_tokens_are_no_special_case(kind, batch, length):
+    config = tiny_model(kind).config.model_config()
+    block = layers.Block(config.block_config(0)).train()
+    x_BLD = torch.randn(batch, length, config.hidden_size, requires_grad=True)
+    out = block(x_BLD, layers.rotary_tables(torch.arange(length)[None], config.head_dim))
+    assert out.x_BLD.shape == x_BLD.shape
+    assert out.balance_loss == 0
+    assert out.z_loss == 0
+    (out.x_BLD.sum() + out.balance_loss + out.z_loss).backward()
+    assert all(not parameter.grad.any() for parameter in block.parameters())
+
+
 def test_layers_alone_keep_their_shape_names():
     config = tiny_model(BAM).config.model_config()
     block = layers.Block(config.block_config(0))
