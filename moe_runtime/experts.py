@@ -17,12 +17,22 @@ from torch import Tensor, nn
 from moe_runtime.config import Activation, FeedForwardConfig
 from moe_runtime.routers import INITIAL_STD
 
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+# layers keep one as an attribute; no lambdas, which cannot be pickled
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_tanh": _gelu_tanh,
     "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
+    "relu2": _relu2,
 }
 
 

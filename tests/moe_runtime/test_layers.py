@@ -1,6 +1,7 @@
 """The public names, and that shape-suffixed names in the layers say the truth while they run."""
 
 import json
+import pickle
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from tiny_models import BAM, BAM_SHARED_KV, MOE, tiny_model, tokens
 
 import moe_runtime
 from moe_runtime import layers
+from moe_runtime.experts import ACTIVATIONS
 
 
 def test_every_public_name_exists():
@@ -61,6 +63,17 @@ def test_no_tokens_are_no_special_case(kind, batch, length):
     assert out.z_loss == 0
     (out.x_BLD.sum() + out.balance_loss + out.z_loss).backward()
     assert all(not parameter.grad.any() for parameter in block.parameters())
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_layers_can_be_sent_to_another_process(activation):
+    """torch.save of a whole module and spawned workers pickle it."""
+    config = tiny_model(MOE, hidden_act=activation, moe_layers=[0]).config.model_config()
+    for layer in (0, 1):
+        block = layers.Block(config.block_config(layer)).eval()
+        again = pickle.loads(pickle.dumps(block))
+        x_BLD = torch.randn(1, 3, config.hidden_size)
+        assert torch.equal(again(x_BLD).x_BLD, block(x_BLD).x_BLD)
 
 
 def test_layers_alone_keep_their_shape_names():
