@@ -5,7 +5,7 @@ leaves out have the default of the family's own configuration class; sizes have 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from moe_runtime.config import ModelConfig
@@ -41,6 +41,61 @@ _ACTIVATIONS = {
     "relu": "relu",
     "relu2": "relu2",
 }
+
+# What the keys that are read here must hold. The families' own classes refuse the same.
+_KINDS: dict[str, tuple[type | tuple[type, ...], tuple[str, ...]]] = {
+    "a whole number": (
+        int,
+        (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+            "original_max_position_embeddings",
+            "sliding_window",
+            "max_window_layers",
+            "num_experts",
+            "num_local_experts",
+            "num_experts_per_tok",
+            "moe_intermediate_size",
+            "shared_expert_intermediate_size",
+            "decoder_sparse_step",
+        ),
+    ),
+    "a number": (
+        (int, float),
+        ("rms_norm_eps", "layer_norm_eps", "rope_theta", "logit_scale", "router_aux_loss_coef"),
+    ),
+    "true or false": (
+        bool,
+        (
+            "tie_word_embeddings",
+            "attention_bias",
+            "mlp_bias",
+            "qkv_bias",
+            "use_qk_norm",
+            "use_sliding_window",
+            "norm_topk_prob",
+        ),
+    ),
+    "a text": (str, ("hidden_act",)),
+    "a list": (list, ("layer_types", "mlp_only_layers")),
+    "an object": (Mapping, ("rope_parameters", "rope_scaling")),
+}
+_MAY_BE_NULL = (
+    "num_key_value_heads",
+    "head_dim",
+    "original_max_position_embeddings",
+    "sliding_window",
+    "layer_types",
+    "mlp_only_layers",
+    "rope_parameters",
+    "rope_scaling",
+)
 
 # Rotary types whose scaling refers to the length the model was first trained on.
 _LENGTH_SCALED_ROPE = ("llama3", "yarn", "longrope")
@@ -190,10 +245,14 @@ def model_config(config_json: Mapping[str, Any]) -> ModelConfig:
     """
     family = config_json.get("model_type")
     if family == "moe_runtime":
+        for needed in fields(ModelConfig):
+            if needed.default is MISSING and needed.default_factory is MISSING:
+                _required(config_json, needed.name)
         return ModelConfig.from_dict(config_json)
     if family not in _FAMILIES:
         raise ValueError(f"model_type must be one of {', '.join(KNOWN_FAMILIES)}, got {family!r}")
     keys = {**_COMMON_DEFAULTS, **_FAMILIES[family].defaults, **_one_name_per_key(config_json)}
+    _check_kinds(keys)
     heads = _required(keys, "num_attention_heads")
     shared: dict[str, Any] = {
         "vocab_size": _required(keys, "vocab_size"),
@@ -221,6 +280,16 @@ def _one_name_per_key(config_json: Mapping[str, Any]) -> dict[str, Any]:
     return keys
 
 
+def _check_kinds(keys: Mapping[str, Any]) -> None:
+    for wanted, (kind, names) in _KINDS.items():
+        for name in names:
+            value = keys.get(name)
+            if name not in keys or (value is None and name in _MAY_BE_NULL):
+                continue
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
 def _required(keys: Mapping[str, Any], name: str) -> Any:
     if keys.get(name) is None:
         raise ValueError(f"{name} is missing from the config.json of a {keys['model_type']} model")
@@ -245,6 +314,7 @@ def _rope_parameters(keys: Mapping[str, Any]) -> dict[str, Any]:
     old_name = rope.pop("type", "default")
     rope.setdefault("rope_type", old_name)
     rope.setdefault("rope_theta", keys["rope_theta"])
+    _check_kinds({"rope_theta": rope["rope_theta"]})
     if rope["rope_type"] in _LENGTH_SCALED_ROPE:
         first_length = keys.get("original_max_position_embeddings")
         if first_length is not None:
@@ -262,6 +332,10 @@ def _window(keys: Mapping[str, Any], slides: list[bool]) -> dict[str, Any]:
     unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
     if unknown:
         raise ValueError(f"layer_types must hold 'full_attention' or 'sliding_attention', got {unknown[0]!r}")
+    if len(types) != keys["num_hidden_layers"]:
+        raise ValueError(
+            f"layer_types must have num_hidden_layers ({keys['num_hidden_layers']}) entries, got {len(types)}"
+        )
     if "sliding_attention" not in types:
         return {}
     if not window:

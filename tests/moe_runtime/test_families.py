@@ -1,6 +1,7 @@
 """`model_config` reads a family's config.json as transformers' own configuration class does."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -215,6 +216,43 @@ ERRORS = [
         "separate values for 'full_attention'",
         id="nested-rope",
     ),
+]
+
+
+ERRORS += [
+    pytest.param(
+        {**TINY, "model_type": family, name: value},
+        f"{name} must be {wanted}, got {re.escape(repr(value))}",
+        id=name,
+    )
+    for family, name, value, wanted in (
+        ("llama", "num_attention_heads", "4", "a whole number"),
+        ("llama", "num_hidden_layers", True, "a whole number"),
+        ("qwen2", "max_window_layers", None, "a whole number"),
+        ("llama", "rms_norm_eps", "1e-6", "a number"),
+        ("llama", "hidden_act", ["silu"], "a text"),
+        ("llama", "tie_word_embeddings", None, "true or false"),
+        ("llama", "rope_scaling", "linear", "an object"),
+        ("llama", "rope_parameters", [1], "an object"),
+        ("qwen3", "layer_types", "full_attention", "a list"),
+    )
+] + [
+    pytest.param(
+        {**TINY, "model_type": "llama", "rope_theta": "big"},
+        "rope_theta must be a number, got 'big'",
+        id="rope-theta",
+    ),
+    pytest.param(
+        {**TINY, "model_type": "llama", "rope_parameters": {"rope_theta": "big"}},
+        "rope_theta must be a number, got 'big'",
+        id="rope-theta-inside",
+    ),
+    pytest.param(
+        {**TINY, "model_type": "qwen2", "layer_types": ["full_attention"]},
+        "layer_types must have num_hidden_layers .4. entries, got 1",
+        id="layer-types-length",
+    ),
+    pytest.param({"model_type": "moe_runtime", "vocab_size": 8}, "hidden_size is missing", id="own-family"),
 ]
 
 
