@@ -29,7 +29,7 @@ if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
 else
     torch="$here/torch-cpu.txt"
     if [ "$(uname -s)" = Linux ]; then
-        "$venv/bin/python" -c 'import torch' 2>/dev/null || install_cpu_torch
+        install_cpu_torch
     else
         pip install -r "$torch"
     fi
