@@ -1,8 +1,9 @@
 """Frozen descriptions of one layer each, and of a whole model. Torch-free, so that plans and FLOPs need no
 weights.
 
-`ModelConfig` is flat and uses the names of transformers' config.json; `ModelConfig.block(layer)` derives the
-nested configs that layers are built from. `moe_runtime.hf.configuration` maps it to one `PreTrainedConfig`.
+`ModelConfig` is flat and uses the names of transformers' config.json; `ModelConfig.block_config(layer)`
+derives the nested configs that layers are built from. `moe_runtime.hf.configuration` maps it to one
+`PreTrainedConfig`.
 """
 
 from collections.abc import Mapping
@@ -15,8 +16,9 @@ Gate = Literal["raw", "renorm", "straight_through"]
 GroupScore = Literal["top2_sum", "max"]
 KeyValue = Literal["expert", "shared"]
 Norm = Literal["rms_norm", "layer_norm"]
-QKNorm = Literal["rms_norm", "layer_norm"] | None
+QKNorm = Norm | None
 BlockKind = Literal["sequential", "parallel"]
+NumNorms = Literal[1, 2]
 LayerType = Literal["full_attention", "sliding_attention"]
 
 
@@ -142,6 +144,10 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         _check_positive(self, "hidden_size", "num_heads", "num_kv_heads", "head_dim", "num_experts")
         _check_choice("kv", self.kv, KeyValue)
+        if self.qk_norm is not None:
+            _check_choice("qk_norm", self.qk_norm, Norm)
+        if self.sliding_window is not None:
+            _check_positive(self, "sliding_window")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads must divide num_heads ({self.num_heads}), got {self.num_kv_heads}"
@@ -170,7 +176,7 @@ class BlockConfig:
     attention: AttentionConfig
     feed_forward: FeedForwardConfig
     kind: BlockKind = "sequential"
-    num_norms: Literal[1, 2] = 2
+    num_norms: NumNorms = 2
     norm: Norm = "rms_norm"
     norm_bias: bool = False
     norm_eps: float = 1e-6
@@ -178,6 +184,7 @@ class BlockConfig:
     def __post_init__(self) -> None:
         _check_choice("kind", self.kind, BlockKind)
         _check_choice("norm", self.norm, Norm)
+        _check_choice("num_norms", self.num_norms, NumNorms)
         if self.kind == "sequential" and self.num_norms != 2:
             raise ValueError(f"num_norms must be 2 in a sequential block, got {self.num_norms}")
         if self.norm == "rms_norm" and self.norm_bias:
@@ -242,7 +249,7 @@ class ModelConfig:
     router_z_loss_coef: float = 0.0
     # block
     block: BlockKind = "sequential"
-    num_norms: Literal[1, 2] = 2
+    num_norms: NumNorms = 2
     norm: Norm = "rms_norm"
     norm_bias: bool = False
     norm_eps: float = 1e-6
@@ -251,6 +258,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_positive(self, "vocab_size", "num_hidden_layers", "num_attention_experts")
+        if self.num_experts != 0:  # here, because layers know these fields by other names
+            _check_positive(self, "num_experts", "num_experts_per_tok", "moe_intermediate_size")
         for name in ("moe_layers", "attention_mixture_layers", "layer_types"):
             value = getattr(self, name)
             if value is not None:

@@ -67,7 +67,13 @@ def test_rope_settings_of_older_files_are_understood():
         ({"norm_bias": True}, "norm_bias must be False with norm 'rms_norm'"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}}, "must be an even width"),
         ({"num_norms": 1}, "num_norms must be 2 in a sequential block, got 1"),
+        ({"num_norms": 3}, "num_norms must be one of 1, 2, got 3"),
         ({"moe_layers": [5]}, "moe_layers must name layers between 0 and 1, got 5"),
+        ({"num_experts": -1}, "num_experts must be a whole number of at least 1, got -1"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok must be a whole number of at least 1, got 0"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size must be a whole number of at least 1, got 0"),
+        ({"sliding_window": 0}, "sliding_window must be a whole number of at least 1, got 0"),
+        ({"qk_norm": "l2"}, "qk_norm must be one of 'rms_norm', 'layer_norm', got 'l2'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
