@@ -31,7 +31,7 @@ setup(
         "typer>=0.15",
     ],
     extras_require={
-        "bench": ["pytest-benchmark>=5", "matplotlib>=3.9"],
+        "bench": ["pytest>=8.3", "pytest-timeout>=2.3"],
         "demo": ["gguf>=0.17", "matplotlib>=3.9"],
         "dev": [
             "hypothesis>=6",
