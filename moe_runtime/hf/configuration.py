@@ -4,6 +4,7 @@ from dataclasses import MISSING, fields
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moe_runtime.config import ModelConfig
 from moe_runtime.publishing import MODEL_TYPE
@@ -38,6 +39,8 @@ class MoeRuntimeConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # an empty one is filled by transformers, which knows the keys of older files, such as `rope_theta`
+        kwargs["rope_parameters"] = kwargs.get("rope_parameters") or {}
         for field in fields(ModelConfig):
             default = field.default_factory() if field.default_factory is not MISSING else field.default
             value = kwargs.pop(field.name, default)
@@ -51,6 +54,12 @@ class MoeRuntimeConfig(PreTrainedConfig):
         if described.num_experts > 0:
             self.output_router_logits = kwargs.pop("output_router_logits", False)
         super().__post_init__(**kwargs)
+        rope_types = sorted({"default", *ROPE_INIT_FUNCTIONS})
+        if self.rope_parameters["rope_type"] not in rope_types:
+            raise ValueError(
+                f"rope_parameters['rope_type'] must be one of {', '.join(map(repr, rope_types))}, got "
+                f"{self.rope_parameters['rope_type']!r}"
+            )
         width = int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
         if width % 2 or not 0 < width <= self.head_dim:
             raise ValueError(

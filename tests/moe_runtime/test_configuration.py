@@ -46,8 +46,9 @@ def test_router_logits_are_offered_only_with_experts():
     assert not hasattr(MoeRuntimeConfig(**DENSE), "output_router_logits")
 
 
-def test_rope_settings_of_older_files_are_understood():
-    config = MoeRuntimeConfig(**DENSE, rope_parameters={"rope_theta": 500.0})
+@pytest.mark.parametrize("older", [{"rope_parameters": {"rope_theta": 500.0}}, {"rope_theta": 500.0}])
+def test_rope_settings_of_older_files_are_understood(older):
+    config = MoeRuntimeConfig(**DENSE, **older)
     assert config.rope_parameters == {"rope_theta": 500.0, "rope_type": "default"}
 
 
@@ -74,6 +75,10 @@ def test_rope_settings_of_older_files_are_understood():
         ({"moe_intermediate_size": 0}, "moe_intermediate_size must be a whole number of at least 1, got 0"),
         ({"sliding_window": 0}, "sliding_window must be a whole number of at least 1, got 0"),
         ({"qk_norm": "l2"}, "qk_norm must be one of 'rms_norm', 'layer_norm', got 'l2'"),
+        (
+            {"rope_parameters": {"rope_type": "spiral"}},
+            r"rope_type.* must be one of .*'default'.*got 'spiral'",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
