@@ -5,12 +5,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 import moe_runtime.hf  # noqa: F401  registers our model with the Auto classes
 
@@ -51,7 +52,9 @@ def load_causal_lm(
         raise ValueError(
             f"the weights in {folder} cannot be read, a file may be truncated: {error}"
         ) from error
-    except RuntimeError as error:  # transformers' report of mismatched shapes, many lines long
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):  # such as too little memory
+            raise
         raise ValueError(
             f"the weights in {folder} do not have the shapes that its config.json describes"
         ) from error
@@ -91,17 +94,27 @@ def _progress_bar_on_terminals() -> Iterator[None]:
 
 
 def _checkpoint_folder(path: str | Path) -> Path:
-    """The folder, after checking that it holds a readable config.json of a model type that can be built."""
+    """The folder, after checking that its config.json names a model type that can be built, and its index."""
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} must be a checkpoint folder, and there is no such folder")
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} must hold a config.json, and has none")
-    try:
-        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file} must be a JSON object: {error}") from error
-    if model_type not in CONFIG_MAPPING:
+    model_type = _json_object(file).get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(f"model_type in {file} must be one that transformers knows, got {model_type!r}")
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file() and not isinstance(_json_object(index).get("weight_map"), dict):
+        raise ValueError(f"{index} must have a 'weight_map' from tensors to files, and has none")
     return folder
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} must be a JSON object: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must be a JSON object, got {type(values).__name__}")
+    return values

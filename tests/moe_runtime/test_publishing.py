@@ -153,6 +153,33 @@ class TestLoading:
         with pytest.raises(ValueError, match=r"model_type in .*config\.json .* got 'abacus'"):
             load_causal_lm(tmp_path)
 
+    def test_model_type_that_is_no_name(self, tmp_path):
+        (tmp_path / "config.json").write_text('{"model_type": ["llama"]}')
+        with pytest.raises(ValueError, match=r"model_type in .*config\.json .* got \['llama'\]"):
+            load_causal_lm(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{", r"model\.safetensors\.index\.json must be a JSON object"),
+            ("{}", r"model\.safetensors\.index\.json must have a 'weight_map'"),
+        ],
+    )
+    def test_unreadable_index(self, text, message, tmp_path):
+        tiny_model().save_pretrained(tmp_path, max_shard_size="20KB")
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_causal_lm(tmp_path)
+
+    def test_no_memory_is_not_called_a_wrong_shape(self, tmp_path, monkeypatch):
+        def allocate(*args, **kwargs):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+        tiny_model().save_pretrained(tmp_path)
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", allocate)
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            load_causal_lm(tmp_path)
+
     def test_missing_weights(self, tmp_path):
         MoeRuntimeConfig(**MOE).save_pretrained(tmp_path)
         with pytest.raises(FileNotFoundError, match="must hold model weights"):
