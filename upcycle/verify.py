@@ -70,6 +70,8 @@ def verify(path: str | Path) -> Verification:
         ValueError: the weights do not fit the config.json.
     """
     folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UpcycleError(f"{folder}: there is no such folder")
     if not (folder / RECORD_NAME).exists():
         raise UpcycleError(f"{folder} holds no {RECORD_NAME}; verify takes a folder that upcycle wrote")
     record = read_json(folder / RECORD_NAME)

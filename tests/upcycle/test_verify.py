@@ -91,7 +91,9 @@ def test_missing_tensors_are_named(dense, run):
         verify(folder)
 
 
-def test_a_folder_of_another_kind_is_named(dense):
+def test_a_folder_of_another_kind_is_named(dense, tmp_path):
+    with pytest.raises(UpcycleError, match="nowhere: there is no such folder"):
+        verify(tmp_path / "nowhere")
     with pytest.raises(
         UpcycleError, match=r"holds no upcycle\.json; verify takes a folder that upcycle wrote"
     ):
