@@ -14,11 +14,13 @@ import yaml
 from torch import Tensor
 
 from upcycle import Recipe, upcycle, verify
+from upcycle.recipe import Method, RouterRecipe
 
 from ..families import model_config
 from ..flops import model_cost
 from ..generate import generate_text, measure_latency
 from .evaluate import evaluate
+from .router_start import start_routers
 from .settings import DemoSettings
 from .stages import Stage
 from .text import Domain, DomainRows, cut_rows, interleave
@@ -147,20 +149,32 @@ def _dense_stage(plan: Plan) -> Stage:
 
 
 def _tune_stage(plan: Plan, mixture: str) -> Stage:
+    settings = plan.settings
+    first_rows = {name: rows.tune_NL[: settings.router_start_rows] for name, rows in plan.rows.items()}
     return _train_stage(
         plan,
         mixture,
         title=f"tune {mixture}",
         start=f"{mixture}-untuned",
-        settings=plan.settings.mixture,
-        rows_NL=interleave([rows.tune_NL for rows in plan.rows.values()], seed=plan.settings.seed),
+        settings=settings.mixture,
+        rows_NL=interleave([rows.tune_NL for rows in plan.rows.values()], seed=settings.seed),
+        prepare=lambda model: start_routers(model, first_rows, settings.router_sharpness),
+        extra_settings=[settings.router_start_rows, settings.router_sharpness],
     )
 
 
 def _train_stage(
-    plan: Plan, name: str, *, title: str, start: str, settings: TrainSettings, rows_NL: Tensor
+    plan: Plan,
+    name: str,
+    *,
+    title: str,
+    start: str,
+    settings: TrainSettings,
+    rows_NL: Tensor,
+    prepare: Callable[[Any], None] = lambda model: None,
+    extra_settings: Any = None,  # of `prepare`
 ) -> Stage:
-    """Train the model `start` on rows and write it as `name`."""
+    """Train the model `start` on rows and write it as `name`; `prepare` changes it first."""
     output = plan.model_folder(name)
     num_steps = -(-len(rows_NL) // settings.rows_per_step)
 
@@ -168,6 +182,7 @@ def _train_stage(
         from ..hf.loading import load_causal_lm, load_tokenizer
 
         model = load_causal_lm(plan.model_folder(start), dtype=torch.float32)
+        prepare(model)
         log = train(model, rows_NL, settings, on_step=lambda step, loss: on_share(step / num_steps))
         model.to(torch.bfloat16).save_pretrained(output)
         load_tokenizer(plan.source).save_pretrained(output)
@@ -177,7 +192,7 @@ def _train_stage(
     return Stage(
         name=f"train-{name}",
         title=title,
-        settings={"train": asdict(settings), "rows": list(rows_NL.shape)},
+        settings={"train": asdict(settings), "rows": list(rows_NL.shape), "extra": extra_settings},
         inputs=("source",) if start == "dense" else ("source", f"upcycle-{start}"),
         makes=(output,),
         work=work,
@@ -189,15 +204,21 @@ def _train_stage(
 
 
 def recipe_for(plan: Plan, name: str) -> Recipe:
-    """copy: two of E copies of the dense source; btx and bam: the source and every specialist as experts."""
+    """copy: two of E copies of the dense source; btx and bam: the source and every specialist as experts.
+
+    Both mixtures take two feed-forward experts per token with gates that sum to 1, so that they differ in
+    attention only. BAM's paper takes one with its raw gate, which starts the layer at a fraction of its
+    output and needs more training than a demonstration has.
+    """
     output = str(plan.model_folder(name))
     source = str(plan.source)
     if name == "copy":
         return Recipe(method="copy", base=source, experts=len(plan.names) + 1, output=output)
     sources = (source, *(str(plan.model_folder(specialist)) for specialist in plan.specialists))
-    if name == "btx-untuned":
-        return Recipe(method="btx", sources=sources, output=output)
-    return Recipe(method="bam", sources=sources, output=output)
+    # no balance loss: each batch holds all domains alike, and a domain shall have its own expert
+    router = RouterRecipe(gate="renorm", aux_loss_coef=0.0, z_loss_coef=0.0)
+    method: Method = "btx" if name == "btx-untuned" else "bam"
+    return Recipe(method=method, sources=sources, output=output, experts_per_token=2, router=router)
 
 
 def _upcycle_stage(plan: Plan, name: str) -> Stage:
