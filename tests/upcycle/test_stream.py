@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from dense_models import tensors_of
 from safetensors.torch import save_file
 
 from moe_runtime.families import model_config
@@ -51,6 +52,20 @@ def large_source(folder, seed):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(CONFIG))
     return str(folder)
+
+
+@pytest.mark.parametrize("kv", ["expert", "shared"])
+def test_the_size_of_a_piece_changes_nothing(kv, dense, run, monkeypatch):
+    values = {
+        "method": "bam",
+        "sources": [dense("cohere", seed=seed) for seed in range(2)],
+        "attention": {"kv": kv},
+    }
+    whole = tensors_of(run("whole", **values))
+    monkeypatch.setattr("upcycle.stream.CHUNK_BYTES", 3 * 4 * 2 * 32)  # three rows of two sources
+    in_pieces = tensors_of(run("pieces", **values))
+    assert whole.keys() == in_pieces.keys()
+    assert all(torch.equal(tensor, in_pieces[name]) for name, tensor in whole.items())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
