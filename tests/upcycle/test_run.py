@@ -85,11 +85,25 @@ def test_files_of_the_base_come_along_and_everyone_may_read(dense_copy, tmp_path
         (folder / name).write_text('{"model": {}}')
         (folder / name).chmod(0o600)
     (folder / "optimizer.pt").write_text("no part of a model")
-    output = upcycle.upcycle(copy_recipe(folder, tmp_path)).output
+    umask = os.umask(0o077)
+    try:
+        output = upcycle.upcycle(copy_recipe(folder, tmp_path)).output
+    finally:
+        os.umask(umask)
     names = {path.name for path in output.iterdir()}
     assert {"tokenizer.json", "chat_template.jinja", "LICENSE", "generation_config.json"} <= names
     assert "optimizer.pt" not in names
     assert {oct(path.stat().st_mode & 0o777) for path in output.iterdir()} == {"0o644"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/fd")
+def test_every_file_and_at_last_the_name_is_flushed_to_the_disk(dense, tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.readlink(f"/proc/self/fd/{file}")))
+    output = upcycle.upcycle(copy_recipe(dense("llama"), tmp_path, max_shard_size="40KB")).output
+    *files, parent = flushed
+    assert sorted(os.path.basename(file) for file in files) == sorted(path.name for path in output.iterdir())
+    assert parent == str(tmp_path)
 
 
 def test_a_recipe_file_runs_from_its_path(dense, tmp_path):
