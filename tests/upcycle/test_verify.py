@@ -108,6 +108,14 @@ def test_a_damaged_record_is_named(content, dense, run):
         verify(folder)
 
 
+def test_the_base_is_found_from_another_folder(dense, run, tmp_path, monkeypatch):
+    source = dense("llama")
+    monkeypatch.chdir(source.parent)
+    folder = run(method="copy", base=source.name, experts=2)
+    monkeypatch.chdir(tmp_path)
+    assert verify(folder).passed
+
+
 def test_a_base_that_changed_or_went_is_named(dense_copy, run):
     source = dense_copy(shard="1GB")
     folder = run(method="copy", base=source, experts=2)
