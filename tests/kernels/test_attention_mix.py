@@ -54,6 +54,13 @@ def test_a_one_hot_gate_is_that_expert_alone():
     assert torch.equal(mix(**inputs), alone)
 
 
+def test_gates_are_multiplied_in_float32():
+    """Rounded to bfloat16 before the product, this gate would be 1."""
+    gate = torch.tensor([[1.0035]], device=DEVICE)
+    o = torch.full((1, 1, 1, 1), 200.0, dtype=torch.bfloat16, device=DEVICE)
+    assert attention_mix(o, gate, torch.ones(1, 1, dtype=torch.bfloat16, device=DEVICE)).item() == 201
+
+
 def test_no_tokens():
     inputs = make_inputs(0, 1, 2, 4, 5, torch.float32)
     inputs = {name: x.requires_grad_() for name, x in inputs.items()}

@@ -54,6 +54,17 @@ def test_backward_inside_autocast_gives_the_same_bits():
     assert torch.equal(inside, torch.cat([outside[f"d{name}"].flatten() for name in inputs]))
 
 
+def test_backward_inside_autocast_of_a_forward_outside_stays_float32():
+    fn, inputs = make_layer()
+    grad = torch.ones(T, D, device=DEVICE)
+    outside = run(fn, inputs, grad)
+    y = fn(**{name: x.requires_grad_() for name, x in inputs.items()})
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        inside = torch.autograd.grad(y, tuple(inputs.values()), grad)
+    for name, value in zip(inputs, inside, strict=True):
+        assert torch.equal(value, outside[f"d{name}"]), name
+
+
 def test_autocast_leaves_routing_and_double_precision_alone():
     logits = normal(T, E)
     plain = route_topk(logits, K)

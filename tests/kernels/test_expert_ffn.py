@@ -119,6 +119,17 @@ def test_a_float32_residual_keeps_its_dtype():
     assert_matches(fn, lambda **i: dense_experts(expert_TK, "silu", **i), make, 128)
 
 
+def test_gates_are_multiplied_in_float32_forwards_and_backwards():
+    """Rounded to bfloat16 before the product, this gate would be 1."""
+    plan = make_plan(torch.zeros(1, 1, dtype=torch.int32, device=DEVICE), 1)
+    x = torch.full((1, 1), 200.0, dtype=torch.bfloat16, device=DEVICE)
+    gate_up, down = (torch.ones(1, 1, 1, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    gate = torch.full((1, 1), 1.0035, device=DEVICE)
+    y = expert_ffn(x, gate_up, down.requires_grad_(), gate, plan, activation="relu")
+    y.backward()
+    assert y.item() == down.grad.item() == 201
+
+
 def test_it_is_the_unfused_path_bit_for_bit():
     routing = PATTERNS[1].values[0]
     plan = make_plan(choose(routing), routing.E)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from inputs import (
+    DEVICE,
     DTYPES,
     PATTERNS,
     SMALL,
@@ -50,6 +51,13 @@ def test_scatter_rows_matches_the_definition(routing, dtype):
 
     assert_matches(lambda y: scatter_rows(y, plan), lambda y: scatter_by_hand(y, plan), make, N)
     assert_same_bits(lambda y: scatter_rows(y, plan), *make(0))
+
+
+def test_sums_of_low_precision_rows_are_rounded_once():
+    """Added one by one in bfloat16, every 1 would be lost next to 256."""
+    plan = make_plan(torch.arange(9, dtype=torch.int32, device=DEVICE)[None], 9)
+    y_ND = torch.tensor([[256.0]] + [[1.0]] * 8, dtype=torch.bfloat16, device=DEVICE)
+    assert scatter_rows(y_ND, plan).item() == 264
 
 
 @pytest.mark.parametrize("routing", PATTERNS[:-1])

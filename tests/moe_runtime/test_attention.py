@@ -186,6 +186,12 @@ class TestRotary:
             expected[..., r], expected[..., s] = turned.real, turned.imag
         torch.testing.assert_close(rotate(x, (cos, sin), interleaved), expected)
 
+    @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+    def test_low_precision_heads_turn_in_float32(self, interleaved):
+        x = randn(B, L, H, P, dtype=torch.bfloat16)
+        exact = rotate(x.float(), rotary(), interleaved)
+        assert torch.equal(rotate(x, rotary(), interleaved), exact.bfloat16())
+
     def test_scores_depend_on_distance_only(self):
         layer, x_BLD = mixture(num_experts=1), randn(B, L, D)
         shifted = rotary_tables(torch.arange(100, 100 + L)[None], P)

@@ -187,6 +187,14 @@ def test_cache_bytes_per_token_and_layer(kind, kv_heads):
     assert len(cache.layers) == DENSE["num_hidden_layers"]
 
 
+def test_padding_before_a_cached_step_is_not_taken_for_the_step():
+    model, ids = tiny_model(), tokens(1, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    cache = model(ids[:, :5], attention_mask=mask[:, :5], use_cache=True).past_key_values
+    out = model(ids[:, 5:], attention_mask=mask, past_key_values=cache)
+    assert out.expert_count.sum(1).tolist() == [MOE["num_experts_per_tok"]] * 2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_generation_is_the_same_with_every_cache(kind):
     model, ids = tiny_model(KINDS[kind]), tokens(2, 5)

@@ -53,6 +53,26 @@ def test_selection_bias_stays_float32_in_a_bfloat16_model(tmp_path):
     assert loaded(tokens(1, 5)).logits.dtype == torch.bfloat16
 
 
+def test_tensors_missing_from_a_checkpoint_start_as_in_a_new_model(tmp_path):
+    """transformers builds the model without memory, so whatever nothing initialises is garbage."""
+    options = {"norm": "layer_norm", "norm_bias": True, "qk_norm": "layer_norm", "mlp_bias": True}
+    options |= {"attention_output_bias": True, "router_selection_bias": True}
+    model = tiny_model(BAM, **options)
+    model.save_pretrained(tmp_path)
+    save_file({"model.norm.weight": model.model.norm.weight.detach()}, tmp_path / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, value in loaded.state_dict().items():
+        if name == "model.norm.weight":
+            assert torch.equal(value, model.model.norm.weight)
+        elif name.endswith("bias"):
+            assert not value.any(), name
+        elif "norm" in name:
+            assert (value == 1).all(), name
+        else:
+            assert 0.1 < value.std() < 0.3, name
+    assert torch.equal(loaded.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+
+
 def test_auto_classes_know_the_model(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is MoeRuntimeForCausalLM
