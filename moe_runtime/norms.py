@@ -1,6 +1,7 @@
 """RMSNorm and LayerNorm over the last axis, with the weight a layer or each head of a layer owns.
 
-Both compute in float32 whatever the input's dtype, and return the input's dtype.
+Both normalise in float32 whatever the input's dtype, round to it, and then apply the weight, as Llama does;
+they return the input's dtype.
 """
 
 import torch
