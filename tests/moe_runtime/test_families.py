@@ -135,6 +135,20 @@ def test_absent_keys_have_the_defaults_of_the_class(family, tmp_path):
     assert model_config(sizes) == model_config(saved(config, tmp_path))
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_parameters": LLAMA3_ROPE, "rope_scaling": {**LLAMA3_ROPE, "factor": 4.0}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 300.0},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 300.0}},
+    ],
+    ids=["both-styles", "oldest-style", "no-first-length"],
+)
+def test_rotary_keys_read_as_the_class_reads_them(keys):
+    config_json = {**TINY, "model_type": "llama", "max_position_embeddings": 512, **keys}
+    check_against_class(model_config(config_json), class_of("Llama").from_dict(config_json))
+
+
 # --- facts of one family that the class's attributes do not show ---
 
 

@@ -139,6 +139,8 @@ def test_training_is_three_or_four_times_forward_and_near_six_n():
     assert training_flops(config, 128, recompute=True) == 4 * forward
     assert six_n(config) == 6 * (ACTIVE["mixtral-8x7b"] - 32_000 * 4096)
     assert training_flops(config, 128) == pytest.approx(six_n(config), rel=0.01)
+    tied = replace(config, tie_word_embeddings=True)  # one table, and it is the head
+    assert six_n(tied) == six_n(config)
 
 
 def test_components_add_up_over_layers():
