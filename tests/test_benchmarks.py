@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.alternate import Timing, time_alternately
-from benchmarks.report import render_pages
+from benchmarks.report import newest_results, render_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,6 +53,18 @@ def test_timing_is_the_median_and_the_middle_half():
 def test_one_round_has_no_spread():
     with pytest.raises(ValueError, match="rounds must be at least 2, so that there is a spread, got 1"):
         time_alternately({"a": lambda: None}, rounds=1)
+
+
+def test_the_newest_result_of_a_suite_is_shown_wherever_it_lies(tmp_path):
+    for folder, name, time in (
+        ("cpu", "2026-01-02_bbbbbbb_moe_layer.json", "2026-01-02T09:00"),
+        ("gpu", "2026-01-02_aaaaaaa_moe_layer.json", "2026-01-02T10:00"),
+        ("cpu", "2026-01-01_ccccccc_moe_layer.json", "2026-01-01T11:00"),
+    ):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).write_text(json.dumps({"machine": {"time": time}}))
+    newest = tmp_path / "gpu" / "2026-01-02_aaaaaaa_moe_layer.json"
+    assert newest_results(tmp_path) == {"moe_layer": newest}
 
 
 def test_pages_say_what_the_committed_results_say():
