@@ -56,15 +56,13 @@ def test_one_round_has_no_spread():
 
 
 def test_the_newest_result_of_a_suite_is_shown_wherever_it_lies(tmp_path):
-    for folder, name, time in (
-        ("cpu", "2026-01-02_bbbbbbb_moe_layer.json", "2026-01-02T09:00"),
-        ("gpu", "2026-01-02_aaaaaaa_moe_layer.json", "2026-01-02T10:00"),
-        ("cpu", "2026-01-01_ccccccc_moe_layer.json", "2026-01-01T11:00"),
-    ):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        (tmp_path / folder / name).write_text(json.dumps({"machine": {"time": time}}))
-    newest = tmp_path / "gpu" / "2026-01-02_aaaaaaa_moe_layer.json"
-    assert newest_results(tmp_path) == {"moe_layer": newest}
+    paths = [tmp_path / folder / "2026-01-02_aaaaaaa_moe_layer.json" for folder in ("cpu", "gpu", "other")]
+    for newest in paths:  # each in turn, whatever the order of the folder
+        for path in paths:
+            path.parent.mkdir(exist_ok=True)
+            hour = 10 if path == newest else 9
+            path.write_text(json.dumps({"machine": {"time": f"2026-01-02T{hour:02}:00"}}))
+        assert newest_results(tmp_path) == {"moe_layer": newest}
 
 
 def test_pages_say_what_the_committed_results_say():
