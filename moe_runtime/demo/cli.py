@@ -33,6 +33,8 @@ def demo_command(
 
     # progress goes to stderr when stdout is for a program
     console = Console(stderr=as_json)
+    if not console.is_terminal:  # a file or a pipe has no width; the tables need this much
+        console.width = 120
     report = run_demo(output, texts=text or (), checkpoint=checkpoint, fresh=fresh, console=console)
     if as_json:
         typer.echo(json.dumps(report, indent=2, ensure_ascii=False))

@@ -54,7 +54,7 @@ def _of_mixture(report: dict[str, Any], mixture: str) -> list[str]:
 def _why(report: dict[str, Any], mixture: str) -> str:
     """The likeliest causes, each read off the run's own numbers."""
     model, untuned = report["models"][mixture], report["models"][f"{mixture}-untuned"]
-    reasons = []
+    reasons = _transfer(report)
     if own_share(report, mixture) < LEARNED * even_share(report):
         reasons.append(
             "the routers have not learned the domains (their own domain gets hardly more than an even share)"
@@ -74,6 +74,23 @@ def _why(report: dict[str, Any], mixture: str) -> str:
     return f"Likely because {_listed(reasons)}." if reasons else "The numbers name no single cause."
 
 
+def _transfer(report: dict[str, Any]) -> list[str]:
+    """Domains that help each other leave separate experts nothing to win."""
+    models = report["models"]
+    tuned = models["dense-tuned"]["perplexity"]
+    helped = [
+        f"{name} ({tuned[name]:.2f} against {models[f'specialist-{name}']['perplexity'][name]:.2f})"
+        for name in tuned
+        if tuned[name] < models[f"specialist-{name}"]["perplexity"][name]
+    ]
+    if not helped:
+        return []
+    return [
+        "one model learns from the text of all domains at this budget: tuned on all of it, the dense source "
+        f"is lower than the specialist on the specialist's own domain for {_listed(helped)}"
+    ]
+
+
 def _routing(report: dict[str, Any], mixture: str) -> str:
     own, even = own_share(report, mixture), even_share(report)
     verdict = "have learned the domains" if own >= LEARNED * even else "are still close to even"
@@ -86,19 +103,17 @@ def _routing(report: dict[str, Any], mixture: str) -> str:
 def own_share(report: dict[str, Any], mixture: str) -> float:
     """Share of a domain's routing choices that its own expert gets, mean over layers and domains.
 
-    Expert 0 is the dense source; expert n + 1 comes from the specialist of domain n.
+    Expert n comes from the specialist of domain n.
     """
     share = report["models"][mixture]["evaluation"]["expert_share"]
     own = [
-        layer[number]
-        for number, domain in enumerate(report["domains"], start=1)
-        for layer in share[domain["name"]]
+        layer[number] for number, domain in enumerate(report["domains"]) for layer in share[domain["name"]]
     ]
     return sum(own) / len(own)
 
 
 def even_share(report: dict[str, Any]) -> float:
-    return 1.0 / (len(report["domains"]) + 1)
+    return 1.0 / len(report["domains"])
 
 
 def _regime(report: dict[str, Any]) -> str:

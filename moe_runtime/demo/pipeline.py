@@ -204,8 +204,10 @@ def _train_stage(
 
 
 def recipe_for(plan: Plan, name: str) -> Recipe:
-    """copy: two of E copies of the dense source; btx and bam: the source and every specialist as experts.
+    """copy: as many copies of the dense source as there are domains; btx and bam: one expert per specialist.
 
+    The papers add the source itself as one more expert, which keeps what the domains do not hold. No such
+    text is measured here, and the source's weights would dilute what specialists learned from little text.
     Both mixtures take two feed-forward experts per token with gates that sum to 1, so that they differ in
     attention only. BAM's paper takes one with its raw gate, which starts the layer at a fraction of its
     output and needs more training than a demonstration has.
@@ -213,8 +215,8 @@ def recipe_for(plan: Plan, name: str) -> Recipe:
     output = str(plan.model_folder(name))
     source = str(plan.source)
     if name == "copy":
-        return Recipe(method="copy", base=source, experts=len(plan.names) + 1, output=output)
-    sources = (source, *(str(plan.model_folder(specialist)) for specialist in plan.specialists))
+        return Recipe(method="copy", base=source, experts=len(plan.names), output=output)
+    sources = tuple(str(plan.model_folder(specialist)) for specialist in plan.specialists)
     # no balance loss: each batch holds all domains alike, and a domain shall have its own expert
     router = RouterRecipe(gate="renorm", aux_loss_coef=0.0, z_loss_coef=0.0)
     method: Method = "btx" if name == "btx-untuned" else "bam"

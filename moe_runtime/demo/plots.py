@@ -58,7 +58,7 @@ def routing_figure(report: dict[str, Any]) -> str:
             grids[f"{mixture.upper()}: attention gates"] = evaluation["attention_gate"]
     figure = Figure(figsize=(11, 0.5 * len(domains) + 1.6), layout="constrained")
     panels = figure.subplots(1, len(grids), sharey=True, squeeze=False)[0]
-    even = 1.0 / (len(domains) + 1)
+    even = 1.0 / len(domains)
     for axes, (title, by_domain) in zip(panels, grids.items(), strict=True):
         rows = [_mean_over_layers(by_domain[name]) for name in domains]
         darkest = max(2 * even, max(map(max, rows)))
@@ -67,13 +67,15 @@ def routing_figure(report: dict[str, Any]) -> str:
             for x, value in enumerate(row):
                 colour = "white" if value > 0.6 * darkest else "#333333"
                 axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=9, color=colour)
-        axes.set_xticks(range(len(domains) + 1), ["dense", *domains], fontsize=8, rotation=20)
+        axes.set_xticks(range(len(domains)), domains, fontsize=9)
         axes.set_yticks(range(len(domains)), domains, fontsize=9)
         axes.set_title(title, fontsize=10, fontweight="bold")
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
-    figure.supxlabel(f"expert, by the model it came from; an even router gives each {even:.0%}", fontsize=9)
+    figure.supxlabel(
+        f"expert, by the specialist it came from; an even router gives each {even:.0%}", fontsize=9
+    )
     return _svg(figure)
 
 

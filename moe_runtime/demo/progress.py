@@ -33,7 +33,7 @@ class StageProgress:
         """A stage whose result is there already."""
         self._number += 1
         self._spent += cost
-        self._console.print(f"{self._label(title)}: done before", highlight=False)
+        self._console.print(f"{self._label(title)}: done before", highlight=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, title: str, cost: float) -> Iterator[Callable[[float], None]]:
@@ -51,7 +51,7 @@ class StageProgress:
         self._worked += cost
         self._seconds += seconds
         left = f", about {_duration(self._left(0.0, 0.0, started))} left" if self._spent < self._total else ""
-        self._console.print(f"{label}: {seconds:.1f} s{left}", highlight=False)
+        self._console.print(f"{label}: {seconds:.1f} s{left}", highlight=False, soft_wrap=True)
 
     def _label(self, title: str) -> str:
         return f"({self._number:>2}/{self._num_stages}) {title}"
@@ -88,7 +88,9 @@ class StageProgress:
             if share < 1.0 and now - last[0] >= QUIET_SECONDS:
                 last[0] = now
                 left = _duration(self._left(share, cost, started))
-                self._console.print(f"{label}: {share:.0%}, about {left} left in all", highlight=False)
+                self._console.print(
+                    f"{label}: {share:.0%}, about {left} left in all", highlight=False, soft_wrap=True
+                )
 
         return show
 

@@ -81,7 +81,7 @@ def print_report(console: Console, report: dict[str, Any], folder: Path) -> None
     console.print(perplexity_table(report))
     console.print(cost_table(report))
     for sentence in report["conclusions"]:
-        console.print(f"- {sentence}", highlight=False)
+        console.print(f"- {sentence}", highlight=False, soft_wrap=True)
     console.print(f"\nReport: {folder / 'report.html'} and {folder / 'report.json'}", highlight=False)
 
 
@@ -166,7 +166,7 @@ def _model_entry(
     title = TITLES.get(name, name.replace("specialist-", "specialist for "))
     training = values.get(f"train-{name}")
     return {
-        "title": title.format(experts=len(plan.names) + 1),
+        "title": title.format(experts=len(plan.names)),
         "perplexity": evaluation.perplexities,
         "mean_perplexity": evaluation.mean_perplexity,
         "geometric_mean_perplexity": evaluation.geometric_mean_perplexity,

@@ -13,13 +13,12 @@ from ..routers import SoftRouter, TopKRouter
 def start_routers(model: Any, rows: Mapping[str, Tensor], sharpness: float) -> None:
     """Point the router row of each domain's expert at the centroid of that domain's router inputs.
 
-    For every router, with c_d the mean input over tokens of domain d minus the mean over domains, row d + 1
-    becomes sharpness · c_d / |c_d|²: a token at its centroid scores `sharpness` above one at the mean
-    of all. Row 0, of the expert that comes from the dense source, becomes 0. The centroid initialiser, scaled
-    by the centroid's length instead of to a unit vector.
+    For every router, with c_d the mean input over tokens of domain d minus the mean over domains, row d
+    becomes sharpness · c_d / |c_d|²: a token at its centroid scores `sharpness` above one at the mean of all.
+    This is the centroid initialiser, scaled by the centroid's length instead of to a unit vector.
 
     Args:
-        model: a mixture whose expert 0 is the dense source and whose expert d + 1 belongs to domain d.
+        model: a mixture whose expert d came from domain d.
         rows: token ids [N, L] of each domain, in the order of the experts.
     """
     routers = {
@@ -33,8 +32,7 @@ def start_routers(model: Any, rows: Mapping[str, Tensor], sharpness: float) -> N
         centroid_ED = torch.stack(means[name])
         centroid_ED = centroid_ED - centroid_ED.mean(0)
         length_E = centroid_ED.square().sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        router.weight[0].zero_()
-        router.weight[1:] = (sharpness * centroid_ED / length_E).to(router.weight.dtype)
+        router.weight.copy_(sharpness * centroid_ED / length_E)
 
 
 def _mean_inputs(model: Any, routers: Mapping[str, torch.nn.Module], rows_NL: Tensor) -> dict[str, Tensor]:

@@ -182,16 +182,22 @@ def test_the_error_of_a_ratio_is_that_of_drawing_other_rows():
 def report_of(mean, others, error=0.01, own=0.5, losses=(3.0, 2.0)):
     models = {
         "dense": {"title": "dense source", "mean_perplexity": others[0]},
-        "dense-tuned": {"title": "tuned source", "mean_perplexity": others[1], "tokens_seen": 1000},
+        "specialist-a": {"perplexity": {"a": 12.5}},
+        "dense-tuned": {
+            "title": "tuned source",
+            "mean_perplexity": others[1],
+            "perplexity": {"a": others[1]},
+            "tokens_seen": 1000,
+        },
         "btx-untuned": {"mean_perplexity": mean + 1},
         "btx": {
             "mean_perplexity": mean,
             "training": {"losses": losses, "tokens": 500},
-            "evaluation": {"expert_share": {"a": [[1 - own, own]]}},
+            "evaluation": {"expert_share": {"a": [[own, 1 - own]], "b": [[1 - own, own]]}},
         },
     }
     return {
-        "domains": [{"name": "a"}],
+        "domains": [{"name": "a"}, {"name": "b"}],
         "models": models,
         "comparisons": {
             "btx": {
@@ -218,6 +224,7 @@ def test_conclusions_say_what_is_not_lower_and_why():
     text = " ".join(conclude(report_of(13.0, (15.0, 12.0))))
     assert "is not lower than the tuned source (12.00)" in text
     assert "routers have not learned the domains" in text
+    assert "lower than the specialist on the specialist's own domain for a (12.00 against 12.50)" in text
     assert "tuning loss was still falling (from 3.00 in the first to 2.00" in text
     assert "500 tokens were too few" in text
 
