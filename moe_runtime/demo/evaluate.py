@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..routers import SoftRouter
 
-ROWS_PER_BATCH = 3
+ROWS_PER_BATCH = 6
 
 
 @dataclass(frozen=True, kw_only=True)
