@@ -103,7 +103,7 @@ def _demo_table(report: dict[str, Any]) -> str:
 
 def _readme_table(report: dict[str, Any], path: Path, root: Path) -> list[str]:
     return [
-        "`make demo` on a laptop-sized CPU: SmolLM2-135M, specialists trained and mixtures tuned in "
+        "`make demo`: SmolLM2-135M, specialists trained and mixtures tuned in "
         f"{report['seconds'] / 60:.1f} minutes on {len(report['domains'])} domains of real text.",
         _demo_table(report),
         _origin(report, path, root),

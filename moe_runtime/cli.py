@@ -164,8 +164,13 @@ def generate_command(
         raise ValueError(f"device must be cpu where there is no CUDA GPU, got {device!r}")
     tokenizer = load_tokenizer(path)
     model = load_causal_lm(path, device=device)
-    if not json_output:
-        print(prompt, end="", flush=True)
+    unprinted = prompt  # until there is something to print after it: a refused prompt prints nothing
+
+    def show(text: str) -> None:
+        nonlocal unprinted
+        print(unprinted + text, end="", flush=True)
+        unprinted = ""
+
     result = generate_text(
         model,
         tokenizer,
@@ -174,12 +179,12 @@ def generate_command(
         temperature=temperature,
         seed=seed,
         static_cache=static_cache,
-        on_text=None if json_output else lambda text: print(text, end="", flush=True),
+        on_text=None if json_output else show,
     )
     if json_output:
         _print_json({**asdict(result), "tokens_per_second": result.new_tokens / result.seconds})
         return
-    print()
+    print(unprinted)
     rate = result.new_tokens / result.seconds
     print(
         f"{result.new_tokens} tokens, {rate:.1f} per second, stopped by {result.stopped_by}", file=sys.stderr

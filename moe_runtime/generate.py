@@ -129,10 +129,7 @@ def generate_text(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            temperature=temperature or None,
-            top_k=0 if temperature > 0 else None,
-            top_p=1.0 if temperature > 0 else None,
+            **_sampling(temperature),
             pad_token_id=_pad_token_id(model, tokenizer),
             cache_implementation="static" if static_cache else None,
             streamer=_TextStream(tokenizer, on_text) if on_text else None,
@@ -149,6 +146,13 @@ def generate_text(
         stopped_by="end_of_text" if ended else "length",
         seconds=seconds,
     )
+
+
+def _sampling(temperature: float) -> dict[str, Any]:
+    """Arguments of generate(): greedy at 0; above, draws from the whole vocabulary."""
+    if temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
 
 
 def _end_token_ids(model: Any) -> list[int]:

@@ -268,13 +268,15 @@ def test_generate_draws_by_seed(run, checkpoint):
     [
         ((), "prompt must hold at least one token, got ''"),
         (("--max-new-tokens", 1000), "must fit the model's 64 positions, got 1 and 1000"),
+        (("--max-new-tokens", 0), "the number of new tokens must be at least 1, got 0"),
         (("--temperature", -1), "temperature must be at least 0, got -1.0"),
         (("--device", "tpu"), "device must be cpu or cuda, got 'tpu'"),
     ],
 )
 def test_generate_mistakes(run, checkpoint, words, sentence):
-    code, _, err = run("generate", checkpoint, "--prompt", "x" if words else "", *words)
+    code, out, err = run("generate", checkpoint, "--prompt", "x" if words else "", *words)
     assert code == 2
+    assert out == ""
     assert one_sentence(err)
     assert sentence in err
 
