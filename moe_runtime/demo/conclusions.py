@@ -18,7 +18,7 @@ def conclude(report: dict[str, Any]) -> list[str]:
         if copy["passed"]
         else f"Copy: its logits differ by {copy['max_abs_diff']:.1e} from the dense source's: a fault."
     )
-    return [*sentences, _regime(report)]
+    return [*sentences, _regime(report), _made(report)]
 
 
 def _of_mixture(report: dict[str, Any], mixture: str) -> list[str]:
@@ -124,6 +124,17 @@ def _regime(report: dict[str, Any]) -> str:
         f"The comparison with the dense source tuned on the same tokens is data-matched: all saw "
         f"{models['dense-tuned']['tokens_seen']:,} tokens. It is not compute-matched: a token costs "
         f"{mixtures} times the dense source's forward FLOPs."
+    )
+
+
+def _made(report: dict[str, Any]) -> str:
+    """How the mixtures were made, where that is not the papers' way."""
+    settings = report["settings"]
+    tokens = settings["router_start_rows"] * settings["row_length"]
+    return (
+        "Both mixtures send each token to two feed-forward experts with gates that sum to 1 (BAM's paper: one, "
+        f"with its raw gate), have no balance loss, and start their routers at the centroids of {tokens:,} tokens "
+        "of each domain (the papers: at random), because so short a tuning does not find the domains by itself."
     )
 
 

@@ -207,6 +207,7 @@ def report_of(mean, others, error=0.01, own=0.5, losses=(3.0, 2.0)):
         },
         "cost": {"dense": {"forward_flops": 100}, "btx": {"forward_flops": 150}},
         "copy_check": {"passed": True, "max_abs_diff": 1e-6},
+        "settings": {"router_start_rows": 4, "row_length": 250},
     }
 
 
@@ -218,6 +219,7 @@ def test_conclusions_say_what_is_lower():
     assert "90%" in text
     assert "have learned the domains" in text
     assert "1.50 for BTX times the dense source's" in text
+    assert "start their routers at the centroids of 1,000 tokens of each domain" in text
 
 
 def test_conclusions_say_what_is_not_lower_and_why():
