@@ -132,9 +132,10 @@ def _made(report: dict[str, Any]) -> str:
     settings = report["settings"]
     tokens = settings["router_start_rows"] * settings["row_length"]
     return (
-        "Both mixtures send each token to two feed-forward experts with gates that sum to 1 (BAM's paper: one, "
-        f"with its raw gate), have no balance loss, and start their routers at the centroids of {tokens:,} tokens "
-        "of each domain (the papers: at random), because so short a tuning does not find the domains by itself."
+        "Both mixtures send each token to two feed-forward experts with gates that sum to 1 (BAM's paper: "
+        "one, with its raw gate), have no balance loss, and start their routers at the centroids of "
+        f"{tokens:,} tokens of each domain (the papers: at random), because so short a tuning does not find "
+        "the domains by itself."
     )
 
 
