@@ -14,18 +14,18 @@ class DemoSettings:
 
     row_length: int = 256
     specialist_rows: int = 18
-    tune_rows: int = 9
-    heldout_rows: int = 6
+    tune_rows: int = 8
+    heldout_rows: int = 5
     specialist: TrainSettings = field(default_factory=lambda: _rates(("", 2e-4)))
     # the better of 1e-4 and 3e-4, so that the baseline is a strong one
     dense: TrainSettings = field(default_factory=lambda: _rates(("", 1e-4)))
     mixture: TrainSettings = field(default_factory=lambda: _rates((r"router\.weight$", 1e-3), ("", 1e-4)))
     router_start_rows: int = 4
     router_sharpness: float = 4.0
-    new_tokens: int = 24  # of a continuation
+    new_tokens: int = 16  # of a continuation
     latency_prompt: int = 128
     latency_new_tokens: int = 8
-    latency_repeats: int = 2
+    latency_repeats: int = 1
     seed: int = 0
 
 
