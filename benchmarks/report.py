@@ -105,8 +105,8 @@ def _caveat(report: dict[str, Any]) -> str:
     rows, settings = report["settings"]["heldout_rows"], report["settings"]
     return (
         f"Read with care: one seed and {rows} held-out rows of {settings['row_length']} tokens per domain; "
-        "learning rates, the router start and whether the seed model is an expert were chosen by perplexity on "
-        "held-out text that includes these rows, over more settings for the mixtures than for the dense "
+        "learning rates, the router start and whether the seed model is an expert were chosen by perplexity "
+        "on held-out text that includes these rows, over more settings for the mixtures than for the dense "
         "baseline (two rates). The absolute figures are optimistic, and those of the mixtures more so."
     )
 
