@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from moe_runtime_kernels._cpu import product
 from torch import Tensor
 
 from moe_runtime.attention import MixtureOfAttention, rotary_tables, rotate
@@ -48,12 +49,13 @@ def split_experts(layer: MixtureOfAttention) -> list[tuple[Tensor, ...]]:
 def attend_in_a_loop(
     layer: MixtureOfAttention, parts: list[tuple[Tensor, ...]], x_BLD: Tensor, rotary
 ) -> Tensor:
-    """The same layer, one attention call per expert; shared keys and values are projected once."""
+    """The same layer by the same products, one attention call per expert; shared keys and values are
+    projected once."""
     config = layer.config
     gate_BLA = layer.router(x_BLD.flatten(0, 1)).view(*x_BLD.shape[:2], -1)
 
     def heads_of(weight: Tensor, rotated: bool) -> Tensor:
-        heads = F.linear(x_BLD, weight).unflatten(-1, (-1, config.head_dim))
+        heads = product(x_BLD, weight).unflatten(-1, (-1, config.head_dim))
         return (rotate(heads, rotary) if rotated else heads).transpose(1, 2)
 
     y_BLD, shared = torch.zeros_like(x_BLD), None
@@ -61,7 +63,7 @@ def attend_in_a_loop(
         if shared is None or config.kv == "expert":
             shared = heads_of(k, True), heads_of(v, False)
         attended = F.scaled_dot_product_attention(heads_of(q, True), *shared, is_causal=True, enable_gqa=True)
-        out_BLD = F.linear(attended.transpose(1, 2).flatten(2), o)
+        out_BLD = product(attended.transpose(1, 2).flatten(2), o)
         y_BLD = y_BLD + gate_BLA[..., expert, None].to(x_BLD.dtype) * out_BLD
     return y_BLD
 

@@ -14,6 +14,7 @@ from moe_runtime_kernels import attention_mix
 from torch import Tensor, nn
 
 from moe_runtime.config import AttentionConfig
+from moe_runtime.linear import Linear
 from moe_runtime.norms import make_norm
 from moe_runtime.routers import INITIAL_STD, SoftRouter
 
@@ -34,40 +35,52 @@ class MixtureOfAttention(nn.Module):
         D, P, A = config.hidden_size, config.head_dim, config.num_experts
         heads, kv_heads = config.total_heads, config.total_kv_heads
         self.config = config
-        self.q_proj = nn.Linear(D, heads * P, bias=config.bias)
-        self.k_proj = nn.Linear(D, kv_heads * P, bias=config.bias)
-        self.v_proj = nn.Linear(D, kv_heads * P, bias=config.bias)
+        self.q_proj = Linear(D, heads * P, bias=config.bias)
+        self.k_proj = Linear(D, kv_heads * P, bias=config.bias)
+        self.v_proj = Linear(D, kv_heads * P, bias=config.bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm is not None:
             self.q_norm = make_norm(config.qk_norm, heads, P, eps=config.norm_eps)
             self.k_norm = make_norm(config.qk_norm, kv_heads, P, eps=config.norm_eps)
         self.attend = CausalAttention(config.sliding_window) if attend is None else attend
         self.router: SoftRouter | None = None
-        self.o_proj: nn.Linear | MixtureProjection
+        self.o_proj: Linear | MixtureProjection
         if A == 1:
-            self.o_proj = nn.Linear(heads * P, D, bias=config.output_bias)
+            self.o_proj = Linear(heads * P, D, bias=config.output_bias)
         else:
             self.router = SoftRouter(D, A, top_k=config.top_k, renormalise=config.renormalise_top_k)
             self.o_proj = MixtureProjection(heads * P, D, num_experts=A, bias=config.output_bias)
 
     def forward(self, x_BLD: Tensor, rotary: Rotary | None = None, **attend_arguments: Any) -> Tensor:
         """x_BLD -> y_BLD. `rotary` turns queries and keys, see `rotary_tables`; None encodes no position."""
-        P = self.config.head_dim
-        query, key, value = (
-            projection(x_BLD).unflatten(-1, (-1, P)) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        if rotary is not None:
-            query, key = (rotate(x, rotary, self.config.rope_interleaved) for x in (query, key))
-        heads_first = (x.transpose(1, 2) for x in (query, key, value))
-        attended, _ = self.attend(*heads_first, **attend_arguments)
+        query = self._heads(x_BLD, self.q_proj, self.q_norm, rotary)
+        key = self._heads(x_BLD, self.k_proj, self.k_norm, rotary)
+        value = self._heads(x_BLD, self.v_proj)
+        attended, _ = self.attend(query, key, value, **attend_arguments)
+        del query, key, value  # their memory serves what follows: fresh pages are dear on a CPU
         if self.router is None:
             return self.o_proj(attended.flatten(2))
         S = 1 if self.config.kv == "expert" else self.config.num_kv_heads
-        Q = self.config.num_heads // S * P  # not -1, which nothing decides when there are no tokens
+        Q = (
+            self.config.num_heads // S * self.config.head_dim
+        )  # not -1, which nothing decides when there are no tokens
         o_TSAQ = attended.reshape(x_BLD.shape[0] * x_BLD.shape[1], S, self.config.num_experts, Q)
         return self.o_proj(o_TSAQ, self.router(x_BLD.flatten(0, 1))).view(x_BLD.shape)
+
+    def _heads(
+        self,
+        x_BLD: Tensor,
+        projection: nn.Module,
+        norm: nn.Module | None = None,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """Projected, normalised and turned heads, [B, heads, L, P]."""
+        heads = projection(x_BLD).unflatten(-1, (-1, self.config.head_dim))
+        if norm is not None:
+            heads = norm(heads)
+        if rotary is not None:
+            heads = rotate(heads, rotary, self.config.rope_interleaved)
+        return heads.transpose(1, 2)
 
 
 class MixtureProjection(nn.Module):
@@ -133,14 +146,48 @@ def rotate(x: Tensor, rotary: Rotary, interleaved: bool = False) -> Tensor:
     """Rotate the first 2R entries of every head of x [B, L, heads, P]; the rest passes through.
 
     A pair is (r, r + R), or with `interleaved` (2r, 2r + 1), as Cohere and GPT-J store their heads. Computed
-    in the tables' dtype, returned in x's.
+    in the wider of both dtypes, returned in x's. The tables are constants: they get no gradient.
     """
     cos, sin = (table.unsqueeze(2) for table in rotary)
-    rotated, passed = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
-    pairs = (
-        rotated.unflatten(-1, (-1, 2)) if interleaved else rotated.unflatten(-1, (2, -1)).transpose(-1, -2)
-    )
-    first, second = pairs.to(torch.promote_types(x.dtype, cos.dtype)).unbind(-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    rotated = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
-    return torch.cat((rotated.to(x.dtype), passed), dim=-1)
+    return _Rotate.apply(x, cos, sin, interleaved, True)
+
+
+class _Rotate(torch.autograd.Function):
+    """Its own gradient is the rotation back, so that neither x nor the products are kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, forth: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved, ctx.forth = interleaved, forth
+        return _rotated(x, cos, sin, interleaved, heads_first=forth)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _Rotate.apply(grad, cos, -sin, ctx.interleaved, not ctx.forth), None, None, None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, heads_first: bool) -> Tensor:
+    """With `heads_first`, each head of the result lies in one piece of memory, as attention reads it."""
+    B, L, heads, P = x.shape
+    rotated = 2 * cos.shape[-1]
+    y = x.new_empty(B, heads, L, P).transpose(1, 2) if heads_first else x.new_empty(x.shape)
+    first, second = _pairs(x[..., :rotated], interleaved)
+    out_first, out_second = _pairs(y[..., :rotated], interleaved)
+    if torch.promote_types(x.dtype, cos.dtype) == x.dtype:
+        out_first.copy_(first).mul_(cos).addcmul_(second, sin, value=-1)
+        out_second.copy_(second).mul_(cos).addcmul_(first, sin)
+    else:
+        out_first.copy_((first * cos).addcmul_(second, sin, value=-1))
+        out_second.copy_((second * cos).addcmul_(first, sin))
+    if rotated < x.shape[-1]:
+        y[..., rotated:] = x[..., rotated:]
+    return y
+
+
+def _pairs(heads: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Views of the first and of the second entry of every pair."""
+    if interleaved:
+        return heads[..., ::2], heads[..., 1::2]
+    middle = heads.shape[-1] // 2
+    return heads[..., :middle], heads[..., middle:]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moe_runtime.config import FeedForwardConfig
 from moe_runtime.experts import ACTIVATIONS, Experts
+from moe_runtime.linear import Linear
 from moe_runtime.routers import Routing, TopKRouter
 
 
@@ -19,9 +20,9 @@ class DenseFeedForward(nn.Module):
     def __init__(self, config: FeedForwardConfig) -> None:
         super().__init__()
         D, F, bias = config.hidden_size, config.intermediate_size, config.bias
-        self.gate_proj = nn.Linear(D, F, bias=bias) if config.gated else None
-        self.up_proj = nn.Linear(D, F, bias=bias)
-        self.down_proj = nn.Linear(F, D, bias=bias)
+        self.gate_proj = Linear(D, F, bias=bias) if config.gated else None
+        self.up_proj = Linear(D, F, bias=bias)
+        self.down_proj = Linear(F, D, bias=bias)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -52,7 +53,7 @@ class MoEFeedForward(nn.Module):
             dense = replace(config, router=None, intermediate_size=config.shared_intermediate_size)
             self.shared_expert = DenseFeedForward(dense)
             if config.shared_gate:
-                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+                self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False)
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, token_mask: Tensor | None = None

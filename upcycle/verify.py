@@ -161,6 +161,7 @@ def _logits(folder: Path, tokens: "Tensor") -> "Tensor":
     import torch
 
     from moe_runtime.hf.loading import load_causal_lm
+    from moe_runtime.linear import pytorch_products
 
-    with torch.inference_mode():
+    with torch.inference_mode(), pytorch_products():  # the base's: two libraries' rounding would add up
         return load_causal_lm(folder, dtype=torch.float32)(tokens, use_cache=False).logits

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ._checks import FLOATS, check_device, check_dims, check_dtype, check_same, check_shape
+from ._cpu import product
 from ._dispatch import accumulator, cast_for_autocast, register_reference
 
 # --- contract: schema and output shape, known before any graph is captured --------------
@@ -45,14 +46,24 @@ def _(grad_out, o, gate, weight, needs):
 # --- reference: the definition, in the plainest PyTorch; also the CPU path --------------
 
 
+TILE_ELEMENTS = 1 << 17
+
+
 @register_reference("moe_runtime::attention_mix")
 def attention_mix_reference(o_TSAQ: Tensor, gate_TA: Tensor, weight_DC: Tensor) -> Tensor:
-    return _gated(o_TSAQ, gate_TA).flatten(1) @ weight_DC.t()
+    return product(_gated(o_TSAQ, gate_TA).flatten(1), weight_DC)
 
 
 def _gated(o_TSAQ: Tensor, gate_TA: Tensor) -> Tensor:
-    acc = accumulator(o_TSAQ.dtype)
-    return (gate_TA[:, None, :, None].to(acc) * o_TSAQ.to(acc)).to(o_TSAQ.dtype)
+    """gate[t, a] * o[t, :, a], in tiles of tokens whose float32 copy stays in the cache."""
+    gate_T1A1 = gate_TA[:, None, :, None].to(accumulator(o_TSAQ.dtype))
+    if gate_T1A1.dtype == o_TSAQ.dtype:
+        return gate_T1A1 * o_TSAQ
+    gated_TSAQ = torch.empty_like(o_TSAQ)
+    tile = max(1, TILE_ELEMENTS // max(1, o_TSAQ[:1].numel()))
+    for o, gate, out in zip(*(x.split(tile) for x in (o_TSAQ, gate_T1A1, gated_TSAQ)), strict=True):
+        out.copy_(o.to(gate.dtype).mul_(gate))
+    return gated_TSAQ
 
 
 @register_reference("moe_runtime::attention_mix_backward")
@@ -62,7 +73,7 @@ def attention_mix_backward_reference(
     acc = accumulator(o_TSAQ.dtype)
     do, dgate, dweight = (tensor.new_empty(0) for tensor in (o_TSAQ, gate_TA, weight_DC))
     if needs[0] or needs[1]:
-        product_TSAQ = (grad_TD @ weight_DC).view_as(o_TSAQ)
+        product_TSAQ = product(grad_TD, weight_DC.t()).view_as(o_TSAQ)
         if needs[0]:
             do = _gated(product_TSAQ, gate_TA)
         if needs[1]:

@@ -4,10 +4,12 @@ A multiply and an add are 2 FLOPs. Matrix products count, over all N = T * K row
 work, nothing for routing, plans and row movement, no gradient that is not asked for. A dropped choice counts
 like the others, because only the device knows how many there are.
 
-PyTorch's own operations that its counter takes for free are here too: `aten._grouped_mm`, and attention on
-the CPU, by the counter's convention for other devices (every query times every key, causal or not).
+PyTorch's own operations that its counter takes for free are here too: `aten._grouped_mm`, oneDNN's linear,
+and attention on the CPU, by the counter's convention for other devices (every query times every key, causal
+or not).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,6 +79,10 @@ def _aten_grouped_mm(a: Shape, b: Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * batch * a[-2] * a[-1] * b[-1]
 
 
+def _linear_pointwise(x: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
 def _aten_attention(query: Shape, key: Shape, value: Shape, *args: Any, **kwargs: Any) -> int:
     from torch.utils.flop_counter import sdpa_flop_count
 
@@ -110,6 +116,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "moe_runtime.attention_mix": _attention_mix,
     "moe_runtime.attention_mix_backward": _attention_mix_backward,
     "aten._grouped_mm": _aten_grouped_mm,
+    "mkldnn._linear_pointwise": _linear_pointwise,
     "aten._scaled_dot_product_flash_attention_for_cpu": _aten_attention,
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": _aten_attention_backward,
 }
@@ -121,6 +128,6 @@ def register_flop_formulas() -> None:
 
     for name, formula in _FORMULAS.items():
         namespace, operation = name.split(".")
-        target = getattr(getattr(torch.ops, namespace), operation)
-        if target not in flop_registry:
+        target = getattr(getattr(torch.ops, namespace), operation, None)
+        if target is not None and target not in flop_registry:
             register_flop_formula(target)(formula)

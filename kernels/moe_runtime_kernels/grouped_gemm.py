@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ._checks import FLOATS, check_dims, check_dtype, check_same, check_shape
+from ._cpu import product
 from ._dispatch import accumulator, cast_for_autocast, register_reference
 from .permute import gather_rows_reference, scatter_rows_op
 from .plan import RoutingPlan, check_plan
@@ -98,10 +99,7 @@ def grouped_gemm_reference(
     parts = []
     used = 0
     for e, rows in expert_slices(offset_E):
-        matrix_IO = matrices[e].t()
-        parts.append(
-            x_NI[rows] @ matrix_IO if biases is None else torch.addmm(biases[e], x_NI[rows], matrix_IO)
-        )
+        parts.append(product(x_NI[rows], matrices[e], None if biases is None else biases[e]))
         used = rows.stop
     parts.append(x_NI.new_zeros(x_NI.shape[0] - used, weight_EOI.shape[1]))
     return torch.cat(parts)

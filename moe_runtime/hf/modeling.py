@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from moe_runtime.attention import MixtureProjection, Rotary
 from moe_runtime.block import Block, BlockOutput
 from moe_runtime.experts import Experts
+from moe_runtime.linear import Linear
 from moe_runtime.norms import make_norm
 from moe_runtime.publishing import AUTO_MAP
 from moe_runtime.routers import SoftRouter, TopKRouter
@@ -335,7 +336,7 @@ class MoeRuntimeForCausalLM(MoeRuntimePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MoeRuntimeModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

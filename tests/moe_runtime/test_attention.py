@@ -192,6 +192,19 @@ class TestRotary:
         exact = rotate(x.float(), rotary(), interleaved)
         assert torch.equal(rotate(x, rotary(), interleaved), exact.bfloat16())
 
+    # raised inside torch, where Dynamo makes an instance of every autograd.Function it meets
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+    @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+    def test_the_gradient_turns_back(self, interleaved):
+        x, tables = randn(B, L, H, P, dtype=torch.float64), rotary(torch.float64, width=4)
+        x.requires_grad_()
+        assert torch.autograd.gradcheck(lambda x: rotate(x, tables, interleaved), x)
+        assert torch.autograd.gradgradcheck(lambda x: rotate(x, tables, interleaved), x)
+        compiled = torch.compile(rotate, fullgraph=True, backend="aot_eager")(x, tables, interleaved)
+        torch.testing.assert_close(compiled, rotate(x, tables, interleaved))
+        compiled.sum().backward()
+        torch.testing.assert_close(x.grad, torch.autograd.grad(rotate(x, tables, interleaved).sum(), x)[0])
+
     def test_scores_depend_on_distance_only(self):
         layer, x_BLD = mixture(num_experts=1), randn(B, L, D)
         shifted = rotary_tables(torch.arange(100, 100 + L)[None], P)

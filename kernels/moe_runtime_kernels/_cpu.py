@@ -1,0 +1,51 @@
+"""Float32 matrix products on the CPU, by the faster of the two libraries that PyTorch carries.
+
+PyTorch gives float32 products to MKL, which runs AVX2 code on processors that are not Intel's; oneDNN, its
+library for bfloat16, uses their AVX-512. docs/performance.md has the measured ratio.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def _onednn_is_faster() -> bool:
+    """Whether this processor is one of AMD's with AVX-512, the only kind that was measured."""
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "AuthenticAMD" in info.read_text(encoding="utf-8", errors="replace")
+
+
+ONEDNN_IS_FASTER = _onednn_is_faster()
+
+
+def onednn_takes(x: Tensor, weight_OI: Tensor) -> bool:
+    """Whether `onednn_product` is right and faster for these operands.
+
+    Rows further apart than their width would take oneDNN's slow general path. Setting
+    `torch.backends.mkldnn.enabled` to False switches it off.
+    """
+    return bool(
+        x.device.type == "cpu"
+        and x.dtype == weight_OI.dtype == torch.float32
+        and ONEDNN_IS_FASTER
+        and torch.backends.mkldnn.enabled
+        and x.is_contiguous()
+        and (weight_OI.is_contiguous() or weight_OI.t().is_contiguous())
+        and x.numel() > 0
+        and weight_OI.numel() > 0
+    )
+
+
+def onednn_product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x [..., I] @ weight.T + bias, without autograd."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
+
+
+def product(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias on any device, in x's dtype."""
+    if onednn_takes(x_MI, weight_OI):
+        return onednn_product(x_MI, weight_OI, bias_O)
+    return torch.nn.functional.linear(x_MI, weight_OI, bias_O)

@@ -1,0 +1,71 @@
+"""The linear layer is torch.nn.Linear wherever a gradient, autocast or a compiler is at work."""
+
+import pytest
+import torch
+from moe_runtime_kernels import _cpu
+from torch import nn
+
+from moe_runtime import linear
+from moe_runtime.linear import Linear, pytorch_products
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Shapes that went through oneDNN."""
+    shapes = []
+
+    def spy(x, weight, bias):
+        shapes.append(tuple(x.shape))
+        return _cpu.onednn_product(x, weight, bias)
+
+    monkeypatch.setattr(_cpu, "ONEDNN_IS_FASTER", True)
+    monkeypatch.setattr(linear, "onednn_product", spy)
+    return shapes
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_inference_goes_through_onednn(used, bias):
+    layer, x = Linear(24, 16, bias=bias), torch.randn(2, 5, 24)
+    with torch.no_grad():
+        y = layer(x)
+    assert used == [(2, 5, 24)]
+    torch.testing.assert_close(y, nn.functional.linear(x, layer.weight, layer.bias).detach())
+
+
+def test_frozen_layers_without_a_gradient_to_pass_on_go_through_onednn(used):
+    layer = Linear(24, 16).requires_grad_(False)
+    layer(torch.randn(3, 24))
+    assert used == [(3, 24)]
+    layer(torch.randn(3, 24, requires_grad=True)).sum().backward()
+    layer.bias.requires_grad_(True)
+    layer(torch.randn(3, 24)).sum().backward()
+    assert used == [(3, 24)]
+
+
+def test_training_and_autocast_are_pytorchs(used):
+    layer, x = Linear(24, 16), torch.randn(3, 24)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert used == []
+
+
+def test_compiled_layers_leave_the_choice_to_the_compiler(used):
+    layer, x = Linear(24, 16), torch.randn(3, 24)
+    with torch.no_grad():
+        y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(y, nn.functional.linear(x, layer.weight, layer.bias))
+    assert used == []
+
+
+def test_comparisons_can_ask_for_pytorchs_products(used):
+    layer, x = Linear(24, 16), torch.randn(3, 24)
+    with torch.no_grad():
+        with pytorch_products():
+            layer(x)
+        assert used == []
+        layer(x)
+    assert used == [(3, 24)]
