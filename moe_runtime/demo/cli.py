@@ -29,8 +29,10 @@ def demo_command(
 
     Takes about seven minutes on two cores; a run that was cut off goes on where it stopped.
     """
+    from ..machine import keep_freed_memory
     from .run import run_demo
 
+    keep_freed_memory()
     # progress goes to stderr when stdout is for a program
     console = Console(stderr=as_json)
     if not console.is_terminal:  # a file or a pipe has no width; the tables need this much

@@ -26,7 +26,7 @@ class DemoSettings:
     latency_prompt: int = 128
     latency_new_tokens: int = 8
     latency_repeats: int = 1
-    seed: int = 0
+    seed: int = 1  # rates and router start were chosen with seed 0, on other documents
 
 
 def _rates(*learning_rates: tuple[str, float]) -> TrainSettings:
