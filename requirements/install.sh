@@ -37,4 +37,9 @@ fi
 # the torch file is named again so that no dependency can replace the build chosen above
 pip install -r "$torch" -r "$here/runtime.txt" -r "$here/dev.txt"
 pip install --no-deps -r "$here/demo.txt"
+if [ "$(uname -s)" = Linux ] && [ "$torch" = "$here/torch-cpu.txt" ]; then
+    # the kernels' tests interpret and compile them without a GPU, with the oldest Triton and with the newest
+    pip install --no-deps -r "$here/triton.txt"
+    [ -d "$venv/triton-newest" ] || pip install --no-deps --target "$venv/triton-newest" -r "$here/triton-newest.txt"
+fi
 pip install --no-deps --editable "$here/.."

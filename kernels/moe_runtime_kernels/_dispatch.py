@@ -4,7 +4,8 @@ A reference serves every device that has no kernel of its own: a backend registe
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -43,3 +44,41 @@ def cast_for_autocast(first: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums of products: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+# operation -> (module under _triton, its launcher)
+KERNELS: dict[str, tuple[str, str]] = {}
+
+
+def register_kernel(name: str, module: str, launcher: str) -> None:
+    """Make `_triton/<module>.py`'s `launcher` the implementation on CUDA and ROCm devices.
+
+    Triton is imported by the first launch. Without Triton that launch raises: a device that has kernels never
+    falls back to the reference, which reads the plan on the host.
+    """
+    KERNELS[name] = (module, launcher)
+
+    def implementation(*arguments: Any) -> Any:
+        return load_launcher(name)(*arguments)
+
+    torch.library.impl(name, "CUDA", implementation)
+
+
+@cache
+def load_launcher(name: str) -> Callable[..., Any]:
+    """The launcher of an operation's kernels.
+
+    Raises:
+        ModuleNotFoundError: Triton is not installed.
+    """
+    module, launcher = KERNELS[name]
+    try:
+        return getattr(import_module(f"moe_runtime_kernels._triton.{module}"), launcher)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ModuleNotFoundError(
+            f"{name} on a GPU needs Triton 3.6 or newer, which is not installed; run: "
+            "pip install 'moe-runtime[gpu]'",
+            name="triton",
+        ) from None
