@@ -104,8 +104,8 @@ def _demo_table(report: dict[str, Any]) -> str:
 def _caveat(report: dict[str, Any]) -> str:
     rows, settings = report["settings"]["heldout_rows"], report["settings"]
     return (
-        f"Read with care: one run and {rows} held-out rows of {settings['row_length']} tokens per domain, cut "
-        f"with seed {settings['seed']} from documents of their own. Learning rates, the router start and "
+        f"Read with care: one run and {rows} held-out rows of {settings['row_length']} tokens per domain, "
+        f"cut with seed {settings['seed']} from documents of their own. Learning rates, the router start and "
         "whether the seed model is an expert were chosen with seed 0, over more settings for the mixtures "
         "than for the dense baseline (two rates)."
     )

@@ -27,7 +27,7 @@ def demo_command(
 ) -> None:
     """Turn a dense checkpoint into MoE and BAM models and measure them against it, on real text.
 
-    Takes about seven minutes on two cores; a run that was cut off goes on where it stopped.
+    Takes about eight minutes on two cores; a run that was cut off goes on where it stopped.
     """
     from ..machine import keep_freed_memory
     from .run import run_demo

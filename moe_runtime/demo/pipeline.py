@@ -55,7 +55,7 @@ class Plan:
     def models(self) -> tuple[str, ...]:
         """Every model that is evaluated, in the order of the report."""
         mixtures = [name for mixture in MIXTURES for name in (f"{mixture}-untuned", mixture)]
-        return ("dense", *self.specialists, "average", "dense-tuned", "copy", *mixtures)
+        return ("dense", *self.specialists, "average", "dense-tuned", "copy", "copy-tuned", *mixtures)
 
     def model_folder(self, name: str) -> Path:
         return self.source if name == "dense" else self.folder / "models" / name
@@ -99,7 +99,8 @@ def make_stages(plan: Plan) -> list[Stage]:
         _dense_stage(plan),
         _upcycle_stage(plan, "copy"),
         *(_upcycle_stage(plan, f"{mixture}-untuned") for mixture in MIXTURES),
-        *(_tune_stage(plan, mixture) for mixture in MIXTURES),
+        _tune_stage(plan, "copy-tuned", start="copy"),
+        *(_tune_stage(plan, mixture, start=f"{mixture}-untuned") for mixture in MIXTURES),
         *(_evaluate_stage(plan, name) for name in plan.models),
         _cost_stage(plan),
         _latency_stage(plan),
@@ -148,14 +149,14 @@ def _dense_stage(plan: Plan) -> Stage:
     )
 
 
-def _tune_stage(plan: Plan, mixture: str) -> Stage:
+def _tune_stage(plan: Plan, mixture: str, *, start: str) -> Stage:
     settings = plan.settings
     first_rows = {name: rows.tune_NL[: settings.router_start_rows] for name, rows in plan.rows.items()}
     return _train_stage(
         plan,
         mixture,
         title=f"tune {mixture}",
-        start=f"{mixture}-untuned",
+        start=start,
         settings=settings.mixture,
         rows_NL=interleave([rows.tune_NL for rows in plan.rows.values()], seed=settings.seed),
         prepare=lambda model: start_routers(model, first_rows, settings.router_sharpness),
@@ -188,7 +189,7 @@ def _train_stage(
         load_tokenizer(plan.source).save_pretrained(output)
         return asdict(log)
 
-    factor = MIXTURE_FACTOR if name in MIXTURES else 1.0
+    factor = MIXTURE_FACTOR if _is_mixture(name) else 1.0
     return Stage(
         name=f"train-{name}",
         title=title,
@@ -252,6 +253,10 @@ def _upcycle_stage(plan: Plan, name: str) -> Stage:
 # --- measuring ---
 
 
+def _is_mixture(name: str) -> bool:
+    return name.startswith(("copy", *MIXTURES))
+
+
 def _input_of(plan: Plan, name: str) -> tuple[str, ...]:
     """The stages that made a model."""
     if name == "dense":
@@ -278,14 +283,13 @@ def _evaluate_stage(plan: Plan, name: str) -> Stage:
         gc.collect()
         return values
 
-    is_mixture = name == "copy" or name.startswith(MIXTURES)
     return Stage(
         name=f"evaluate-{name}",
         title=f"evaluate {name}",
         settings={"heldout": plan.settings.heldout_rows, "length": plan.settings.row_length},
         inputs=_input_of(plan, name),
         work=work,
-        cost=num_tokens * EVALUATE_SECONDS * (MIXTURE_FACTOR if is_mixture else 1.0),
+        cost=num_tokens * EVALUATE_SECONDS * (MIXTURE_FACTOR if _is_mixture(name) else 1.0),
     )
 
 

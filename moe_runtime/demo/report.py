@@ -22,6 +22,7 @@ TITLES = {
     "average": "weight average of the specialists",
     "dense-tuned": "dense source tuned on the same tokens",
     "copy": "copy: {experts} copies of the dense feed-forward",
+    "copy-tuned": "copy, tuned",
     "btx-untuned": "BTX before tuning",
     "btx": "BTX, tuned",
     "bam-untuned": "BAM before tuning",
@@ -183,6 +184,8 @@ def _tokens_seen(plan: Plan, name: str) -> int:
     of_tuning = sum(rows.tune_NL.numel() for rows in plan.rows.values())
     if name in ("dense", "copy"):
         return 0
+    if name == "copy-tuned":
+        return of_tuning
     if name in plan.specialists:
         return plan.rows[name.removeprefix("specialist-")].train_NL.numel()
     if name == "average" or name.endswith("-untuned"):

@@ -20,7 +20,7 @@ DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id
 
 @contextmanager
 def interpreted(*names: str) -> Iterator[None]:
-    """Inside, the named operations of `moe_runtime::` on CPU tensors are their kernels; all without a name."""
+    """Inside, the named operations on CPU tensors are their kernels; without names, all that have any."""
     library = torch.library.Library("moe_runtime", "IMPL")
     try:
         for name in names or [full.partition("::")[2] for full in KERNELS]:

@@ -37,6 +37,7 @@ MODELS = [
     "average",
     "dense-tuned",
     "copy",
+    "copy-tuned",
     "btx-untuned",
     "btx",
     "bam-untuned",
@@ -111,6 +112,7 @@ def test_token_counts_name_the_same_tokens_for_baseline_and_mixtures(finished):
     seen = {name: entry["tokens_seen"] for name, entry in report["models"].items()}
     specialist, tuning = 16 * 32, 2 * 8 * 32
     assert seen["dense"] == seen["copy"] == 0
+    assert seen["copy-tuned"] == tuning
     assert seen["specialist-numbers"] == specialist
     assert seen["average"] == seen["btx-untuned"] == 2 * specialist
     assert seen["dense-tuned"] == seen["btx"] == seen["bam"] == 2 * specialist + tuning
@@ -123,6 +125,8 @@ def test_training_lowers_the_perplexity_of_what_was_trained_on(finished):
     models = report["models"]
     for name in ("numbers", "letters"):
         assert models[f"specialist-{name}"]["perplexity"][name] < 0.9 * models["dense"]["perplexity"][name]
+    # the copies have seen the tuning text only, a third of what the others learned from
+    assert models["copy-tuned"]["mean_perplexity"] < 0.6 * models["dense"]["mean_perplexity"]
     for name in ("dense-tuned", "btx", "bam"):
         assert models[name]["mean_perplexity"] < 0.5 * models["dense"]["mean_perplexity"]
 
@@ -188,7 +192,8 @@ def test_only_what_depends_on_a_change_is_done_again(finished, source):
     longer = replace(SETTINGS, mixture=replace(TRAINING, warmup_steps=1))
     changed, _ = demo(source, folder, longer)
     ran = {name for name, stage in changed["stages"].items() if stage["ran_now"]}
-    expected = {"train-btx", "train-bam", "evaluate-btx", "evaluate-bam"}
+    mixtures = ("copy-tuned", "btx", "bam")
+    expected = {f"{stage}-{mixture}" for stage in ("train", "evaluate") for mixture in mixtures}
     assert ran == expected | {"cost", "latency", "continuations"}
     restored, _ = demo(source, folder)
     assert restored["models"]["btx"]["perplexity"] == report["models"]["btx"]["perplexity"]

@@ -1,4 +1,4 @@
-"""What every kernel file shares: launch options, 64-bit program ids, and the grid's dependency on its past."""
+"""What every kernel file shares: launch options, and how a kernel waits for the one before it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ import triton.language as tl
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a kernel is launched. `pdl`: programmatic dependent launch, for kernels that call `wait_for_inputs`.
+    """How a kernel is launched. `pdl`: programmatic dependent launch.
 
     With `pdl`, a kernel may start while the one before it still runs; it then waits on the device for that
     one's results. NVIDIA GPUs of compute capability 9.0 and newer.
@@ -34,7 +34,7 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 @triton.jit
 def allow_next_kernel(PDL: tl.constexpr):
-    """After the last store that the next kernel does not have to see early; it waits for all of them anyway."""
+    """After the last work that the next kernel need not overlap; it waits for all stores anyway."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
