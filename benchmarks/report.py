@@ -166,6 +166,11 @@ _SECTIONS = {
         "One attention call over the heads of all attention experts, against a loop over the experts that "
         "computes the same. Timed in turns; medians.",
     ),
+    "linear": _ratio_section(
+        "Float32 products on the CPU",
+        "The linear layer of the models against `torch.nn.functional.linear`. On AMD processors with AVX-512 it "
+        "goes through oneDNN, elsewhere it is the same function. Timed in turns; medians.",
+    ),
     "moe_layer": _ratio_section(
         "Mixture-of-Experts layer against dense",
         "Three layers that compute the same function: dense of equal active FLOPs, dense of one expert's "

@@ -24,7 +24,7 @@ def test_suites_run_and_write_results(tmp_path):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     files = {path.stem.split("_", 2)[2]: json.loads(path.read_text()) for path in tmp_path.glob("*/*.json")}
-    assert set(files) == {"attention_mixture", "moe_layer"}
+    assert set(files) == {"attention_mixture", "linear", "moe_layer"}
     for suite, content in files.items():
         assert content["suite"] == suite
         assert content["machine"]["versions"]["torch"]
