@@ -89,12 +89,13 @@ def bench_attention_mixture(compare, tiny, shape, kv, dtype):
         exact = copy.deepcopy(layer).double()
         wide_rotary = tuple(table.double() for table in rotary)
         exact_BLD = attend_in_a_loop(exact, split_experts(exact), x_BLD.double(), wide_rotary)
-        loop_error = (attend_in_a_loop(layer, parts, x_BLD, rotary) - exact_BLD).abs().max()
-        tolerance = 2 * loop_error + 4 * torch.finfo(dtype).eps * exact_BLD.square().mean().sqrt()
+        # roundings to the stored type, and sums over all heads in float32 in another order
+        rounding = 8 * torch.finfo(dtype).eps + (A * H * P) ** 0.5 * torch.finfo(torch.float32).eps
+        tolerance = rounding * exact_BLD.abs().max()
 
         def check(name: str, out: Tensor) -> None:
             error = (out - exact_BLD).abs().max()
-            assert error <= tolerance, f"{name} is {error:.1e} from float64, the loop over experts {loop_error:.1e}"
+            assert error <= tolerance, f"{name} is {error:.1e} from the loop over experts in float64"
 
         compare(
             "attention_mixture",
