@@ -3,8 +3,30 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+# Devices that share a launch table. cuda80: shared memory for 99 KB per block, which any NVIDIA GPU since Ampere
+# has; cuda90, cuda100: data-centre Hopper and Blackwell with 227 KB; hip: AMD's 64 KB.
+FAMILIES = ("cuda80", "cuda90", "cuda100", "hip")
+
+
+def device_family(device: torch.device) -> str:
+    """The member of FAMILIES that a device belongs to; the CPU's interpreter counts as Hopper."""
+    if device.type != "cuda":
+        return "cuda90"
+    if torch.version.hip:
+        return "hip"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "cuda90", 10: "cuda100"}.get(major, "cuda80")
+
+
+def check_16_or_32_bits(op: str, x: Tensor) -> None:
+    """Products of float64 have a reference only."""
+    if x.dtype == torch.float64:
+        raise ValueError(f"{op}: on a GPU x must be bfloat16, float16 or float32, got float64")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +70,7 @@ class Compilation:
         label: what tells it from the kernel's other configurations, e.g. "bf16 E=128 K=8".
         signature: Triton type of each run-time argument, e.g. "*bf16" or "i32", in the kernel's order.
         constexprs: value of each compile-time argument except PDL, which `options` knows.
+        families: of the devices that it is launched on.
     """
 
     kernel: Any
@@ -55,3 +78,4 @@ class Compilation:
     signature: dict[str, str]
     constexprs: dict[str, Any]
     options: Options
+    families: tuple[str, ...] = FAMILIES
