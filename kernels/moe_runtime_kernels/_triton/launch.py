@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Devices that share a launch table. cuda80: shared memory for 99 KB per block, which any NVIDIA GPU since Ampere
-# has; cuda90, cuda100: data-centre Hopper and Blackwell with 227 KB; hip: AMD's 64 KB.
+# Devices that share a launch table. cuda80: shared memory for 99 KB per block, which any NVIDIA GPU since
+# Ampere has; cuda90, cuda100: data-centre Hopper and Blackwell with 227 KB; hip: AMD's 64 KB.
 FAMILIES = ("cuda80", "cuda90", "cuda100", "hip")
 
 
@@ -71,6 +71,7 @@ class Compilation:
         signature: Triton type of each run-time argument, e.g. "*bf16" or "i32", in the kernel's order.
         constexprs: value of each compile-time argument except PDL, which `options` knows.
         families: of the devices that it is launched on.
+        divisible: integer arguments that are multiples of 16 whenever it is launched.
     """
 
     kernel: Any
@@ -79,3 +80,4 @@ class Compilation:
     constexprs: dict[str, Any]
     options: Options
     families: tuple[str, ...] = FAMILIES
+    divisible: tuple[str, ...] = ()

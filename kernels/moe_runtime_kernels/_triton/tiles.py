@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def swizzle(program, num_tiles, num_blocks, GROUP: tl.constexpr):
-    """(row tile, column block) of a program: GROUP row tiles share their column blocks while those are cached."""
+    """(row tile, column block) of a program: GROUP row tiles in turn share a block while that is cached."""
     width = GROUP * num_blocks
     first = (program // width) * GROUP
     size = tl.minimum(num_tiles - first, GROUP)

@@ -1,0 +1,287 @@
+"""Triton kernel for grouped_gemm and its input gradient. Contract and reference: ../grouped_gemm.py.
+
+One kernel: a program multiplies a tile of one expert's rows, gathered or not, with a block of columns of its
+matrix. The input gradient is the same product with the matrix read the other way round. Tiles of few rows
+swap the operands, so that the matrix has the 64 or more rows that Hopper's tensor cores take.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..plan import TILE_HEIGHTS, tile_bound
+from .launch import (
+    FAMILIES,
+    Compilation,
+    Options,
+    allow_next_kernel,
+    check_16_or_32_bits,
+    device_family,
+    wait_for_inputs,
+)
+from .tiles import row_tile, swizzle
+
+# --- kernels: pointers end in _ptr; every block load is followed by its shape -----------
+
+
+@triton.jit
+def _grouped_gemm_kernel(
+    x_ptr,
+    token_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    offset_ptr,
+    tile_end_ptr,
+    num_tiles,
+    N,
+    I,
+    O,
+    E,
+    GATHER: tl.constexpr,
+    BIAS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    SWAPPED: tl.constexpr,
+    WHOLE_STEPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (num_tiles * cdiv(O, BLOCK_N),): BLOCK_M rows of one expert, or of the rows left over, by BLOCK_N
+    columns.
+
+    The matrix of an expert is [O, I], or TRANSPOSED [I, O]. WHOLE_STEPS: BLOCK_K divides I.
+    """
+    tile, block = swizzle(tl.program_id(0), num_tiles, tl.cdiv(O, BLOCK_N), GROUP)
+    wait_for_inputs(PDL)
+    expert, first, end = row_tile(tile, offset_ptr, tile_end_ptr, N, E, BLOCK_M, EXPERTS)
+    n = first + tl.arange(0, BLOCK_M)
+    o = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (n < end)[:, None] & (o < O)[None, :]
+    y_offset = n[:, None] * O + o[None, :]
+    if (first < end) & (expert == E):
+        tl.store(y_ptr + y_offset, tl.zeros([BLOCK_M, BLOCK_N], y_ptr.dtype.element_ty), mask=inside)
+    if (first < end) & (expert < E):
+        # rows past the end repeat the first one, so that the loop needs no mask for them
+        source = tl.where(n < end, n, first)
+        if GATHER:
+            source = tl.load(token_ptr + source).to(tl.int64)  # [BLOCK_M]
+        matrix_ptr = weight_ptr + expert.to(tl.int64) * O * I
+        if SWAPPED:
+            acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        else:
+            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, I, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K).to(tl.int64)
+            if SWAPPED:
+                x_at = source[None, :] * I + k[:, None]
+                w_at = k[None, :] * O + o[:, None] if TRANSPOSED else o[:, None] * I + k[None, :]
+                w_mask = (o < O)[:, None] if WHOLE_STEPS else (o < O)[:, None] & (k < I)[None, :]
+            else:
+                x_at = source[:, None] * I + k[None, :]
+                w_at = k[:, None] * O + o[None, :] if TRANSPOSED else o[None, :] * I + k[:, None]
+                w_mask = (o < O)[None, :] if WHOLE_STEPS else (o < O)[None, :] & (k < I)[:, None]
+            w = tl.load(
+                matrix_ptr + w_at, mask=w_mask, other=0.0
+            )  # [BLOCK_K, BLOCK_N], SWAPPED its transpose
+            if WHOLE_STEPS:
+                x = tl.load(x_ptr + x_at)  # [BLOCK_M, BLOCK_K], SWAPPED its transpose
+            elif SWAPPED:
+                x = tl.load(x_ptr + x_at, mask=(k < I)[:, None], other=0.0)
+            else:
+                x = tl.load(x_ptr + x_at, mask=(k < I)[None, :], other=0.0)
+            if SWAPPED:
+                acc = tl.dot(w, x, acc, input_precision="ieee")
+            else:
+                acc = tl.dot(x, w, acc, input_precision="ieee")
+        allow_next_kernel(PDL)
+        if SWAPPED:
+            acc = tl.trans(acc)
+        if BIAS:
+            bias = tl.load(bias_ptr + (expert.to(tl.int64) * O + o), mask=o < O, other=0.0)  # [BLOCK_N]
+            acc += bias.to(tl.float32)[None, :]
+        tl.store(y_ptr + y_offset, acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+# --- launch choice: a pure function of sizes, so that it can be tested without a GPU ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedLaunch:
+    """Tiles of `block_m` rows by `block_n` columns, `block_k` of the inner width at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    swapped: bool
+    group: int
+    options: Options
+
+
+def choose_launch(itemsize: int, N: int, E: int, *, aligned: bool, family: str) -> GroupedLaunch:
+    """Tiles about as high as an expert has rows: its matrix is read once and little of a tile is idle.
+
+    From compile checks; not yet measured on a GPU.
+
+    Args:
+        itemsize: bytes of an element, 2 or 4.
+        N: rows of E experts together.
+        aligned: both widths of a matrix are multiples of 16; others are loaded element by element.
+        family: of `device_family`.
+    """
+    wanted = triton.next_power_of_2(max(1, triton.cdiv(N, E)))
+    # float32 products are exact, without tensor cores
+    highest = TILE_HEIGHTS[-1] if itemsize == 2 and aligned else 64 if aligned else 32
+    block_m = min(max(wanted, TILE_HEIGHTS[0]), highest)
+    if itemsize == 4 or not aligned:
+        return GroupedLaunch(
+            block_m=block_m,
+            block_n=64,
+            block_k=32,
+            swapped=itemsize == 2 and block_m < 64,
+            group=8,
+            options=Options(num_warps=4, num_stages=2),
+        )
+    wide = block_m == TILE_HEIGHTS[-1] and family in ("cuda90", "cuda100")
+    stages = 2 if family == "hip" else 3 if block_m >= 64 else 4
+    return GroupedLaunch(
+        block_m=block_m,
+        block_n=256 if wide else 128,
+        block_k=64,
+        swapped=block_m < 64,
+        group=8,
+        options=Options(num_warps=8 if block_m == TILE_HEIGHTS[-1] else 4, num_stages=stages),
+    )
+
+
+ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+# --- launchers --------------------------------------------------------------------------
+
+
+def grouped_product(
+    x: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    tile_end: Tensor,
+    *,
+    token: Tensor | None = None,
+    bias: Tensor | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """Each expert's rows of x, or of x[token], times its matrix [O, I], or `transposed` [I, O]."""
+    check_16_or_32_bits("grouped_gemm", x)
+    N, E = (x if token is None else token).shape[0], weight.shape[0]
+    O, I = weight.shape[2 if transposed else 1], weight.shape[1 if transposed else 2]
+    y = x.new_empty(N, O)
+    if y.numel() == 0:
+        return y
+    aligned = I % 16 == 0 and O % 16 == 0
+    launch = choose_launch(x.itemsize, N, E, aligned=aligned, family=device_family(x.device))
+    # one more group than experts: the rows left over
+    num_tiles = tile_bound(N, E + 1, launch.block_m)
+    _grouped_gemm_kernel[(num_tiles * triton.cdiv(O, launch.block_n),)](
+        x,
+        token,
+        weight,
+        bias,
+        y,
+        offset,
+        tile_end[TILE_HEIGHTS.index(launch.block_m)],
+        num_tiles,
+        N,
+        I,
+        O,
+        E,
+        GATHER=token is not None,
+        BIAS=bias is not None,
+        TRANSPOSED=transposed,
+        SWAPPED=launch.swapped,
+        WHOLE_STEPS=I % launch.block_k == 0,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        BLOCK_K=launch.block_k,
+        GROUP=launch.group,
+        EXPERTS=triton.next_power_of_2(E),
+        **launch.options.keywords(),
+    )
+    return y
+
+
+def launch_grouped_gemm(
+    x: Tensor, weight: Tensor, offset: Tensor, tile_end: Tensor, bias: Tensor | None
+) -> Tensor:
+    return grouped_product(x, weight, offset, tile_end, bias=bias)
+
+
+def launch_gathered_grouped_gemm(
+    x: Tensor, weight: Tensor, token: Tensor, offset: Tensor, tile_end: Tensor, bias: Tensor | None
+) -> Tensor:
+    return grouped_product(x, weight, offset, tile_end, token=token, bias=bias)
+
+
+def launch_input_grad(grad: Tensor, weight: Tensor, offset: Tensor, tile_end: Tensor) -> Tensor:
+    return grouped_product(grad, weight, offset, tile_end, transposed=True)
+
+
+def compilations() -> list[Compilation]:
+    """Every configuration that `choose_launch` gives."""
+    found: dict[tuple[str, GroupedLaunch, bool], dict[str, None]] = {}
+    for family, (dtype, itemsize), N, aligned in product(
+        FAMILIES, ITEMSIZES.items(), TILE_HEIGHTS, (True, False)
+    ):
+        launch = choose_launch(itemsize, N, 1, aligned=aligned, family=family)
+        found.setdefault((dtype, launch, aligned), {})[family] = None
+    return [
+        _compilation(dtype, launch, kind, widths, pdl=pdl, families=tuple(families))
+        for (dtype, launch, aligned), families in found.items()
+        for kind, widths, pdl in product(
+            ("plain", "gathered", "transposed"), ("whole", "ragged") if aligned else ("odd",), (False, True)
+        )
+    ]
+
+
+def _compilation(
+    dtype: str, launch: GroupedLaunch, kind: str, widths: str, *, pdl: bool, families: tuple[str, ...]
+) -> Compilation:
+    """A gathered one with a bias is an up-projection, a transposed one an input gradient."""
+    pointer, gathered = f"*{dtype}", kind == "gathered"
+    signature = {
+        "x_ptr": pointer,
+        "token_ptr": "*i32" if gathered else "constexpr",
+        "weight_ptr": pointer,
+        "bias_ptr": pointer if gathered else "constexpr",
+        "y_ptr": pointer,
+        "offset_ptr": "*i32",
+        "tile_end_ptr": "*i32",
+        **dict.fromkeys(("num_tiles", "N", "I", "O", "E"), "i32"),
+    }
+    size = f"{launch.block_m}x{launch.block_n}x{launch.block_k}"
+    return Compilation(
+        kernel=_grouped_gemm_kernel,
+        label=f"{dtype} {size} {kind} {widths}{' pdl' if pdl else ''}",
+        signature=signature,
+        constexprs={
+            **{name: None for name, type_ in signature.items() if type_ == "constexpr"},
+            "GATHER": gathered,
+            "BIAS": gathered,
+            "TRANSPOSED": kind == "transposed",
+            "SWAPPED": launch.swapped,
+            "WHOLE_STEPS": widths == "whole",
+            "BLOCK_M": launch.block_m,
+            "BLOCK_N": launch.block_n,
+            "BLOCK_K": launch.block_k,
+            "GROUP": launch.group,
+            "EXPERTS": 128,
+        },
+        options=replace(launch.options, pdl=pdl),
+        families=families,
+        divisible=() if widths == "odd" else ("I", "O"),
+    )
