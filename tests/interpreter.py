@@ -1,5 +1,6 @@
 """Run the operations' Triton kernels on CPU tensors, in Triton's interpreter, behind the public functions."""
 
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,3 +36,15 @@ def kernels_on_cpu() -> Iterator[None]:
     """Every operation that has kernels runs them."""
     with interpreted():
         yield
+
+
+def rows_in_reserved_memory(num_rows: int, D: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp16 rows [1, D] and [num_rows, D] at the same address, in memory that takes no room until written to.
+
+    For kernels whose offsets exceed 32 bits: they get the first, because the interpreter may copy all that a
+    tensor says it holds, and reach the rest by their row index.
+    """
+    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python's mmap does not name before 3.13
+    memory = mmap.mmap(-1, 2 * num_rows * D, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    rows = torch.frombuffer(memory, dtype=torch.float16).view(num_rows, D)
+    return torch.frombuffer(memory, dtype=torch.float16, count=D).view(1, D), rows

@@ -23,7 +23,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ._checks import FLOATS, check_choice, check_dims, check_dtype, check_same, check_shape
-from ._dispatch import accumulator, cast_for_autocast, register_reference
+from ._dispatch import accumulator, cast_for_autocast, register_kernel, register_reference
 from .combine import check_gates, combine_reference
 from .grouped_gemm import (
     bias_grad_reference,
@@ -40,14 +40,14 @@ from .plan import RoutingPlan, check_plan
 torch.library.define(
     "moe_runtime::expert_ffn",
     "(Tensor x, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, Tensor weight,"
-    " Tensor? residual, Tensor row, Tensor token, Tensor slot, Tensor offset, str activation, bool keep_h)"
-    " -> (Tensor y, Tensor h)",
+    " Tensor? residual, Tensor row, Tensor token, Tensor slot, Tensor offset, Tensor tile_end, str activation,"
+    " bool keep_h) -> (Tensor y, Tensor h)",
 )
 # `needs` says which of the six gradients are wanted; one that is not has 0 elements
 torch.library.define(
     "moe_runtime::expert_ffn_backward",
     "(Tensor grad_out, Tensor x, Tensor gate_up, Tensor down, Tensor? down_bias, Tensor weight, Tensor row,"
-    " Tensor token, Tensor slot, Tensor offset, Tensor h, str activation, bool[] needs)"
+    " Tensor token, Tensor slot, Tensor offset, Tensor tile_end, Tensor h, str activation, bool[] needs)"
     " -> (Tensor dx, Tensor dgate_up, Tensor ddown, Tensor dgate_up_bias, Tensor ddown_bias, Tensor dweight)",
 )
 _expert_ffn = torch.ops.moe_runtime.expert_ffn.default
@@ -113,6 +113,7 @@ def expert_ffn_reference(  # noqa: PLR0913 - the operation's own arguments, in i
     token_N: Tensor,
     slot_N: Tensor,
     offset_E: Tensor,
+    tile_end_ME: Tensor,
     activation: str,
     keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -136,6 +137,7 @@ def expert_ffn_backward_reference(  # noqa: PLR0913 - the operation's own argume
     token_N: Tensor,
     slot_N: Tensor,
     offset_E: Tensor,
+    tile_end_ME: Tensor,
     h_NG: Tensor,
     activation: str,
     needs: Sequence[bool],
@@ -181,18 +183,24 @@ def _bias_product(grad_ND: Tensor, bias_ED: Tensor | None, offset_E: Tensor) -> 
     return (grad_ND.to(acc) * bias_ED[expert_N].to(acc)).sum(1)
 
 
+# --- GPU: Triton is imported by the first launch, never by `import` ---------------------
+
+register_kernel("moe_runtime::expert_ffn", "expert_ffn", "launch_expert_ffn")
+register_kernel("moe_runtime::expert_ffn_backward", "expert_ffn", "launch_expert_ffn_backward")
+
+
 # --- autograd and the public function ---------------------------------------------------
 
 
 class _ExpertFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, gate_up, down, _, down_bias, weight, _, row, token, slot, offset, activation = inputs
+        x, gate_up, down, _, down_bias, weight, _, *plan, activation = inputs
         # a gradient for the residual alone needs nothing from inside
         keep_h = any(ctx.needs_input_grad[:6])
         y, h = _expert_ffn(*inputs, keep_h)
         if keep_h:
-            ctx.save_for_backward(x, gate_up, down, down_bias, weight, row, token, slot, offset, h)
+            ctx.save_for_backward(x, gate_up, down, down_bias, weight, *plan, h)
             ctx.activation = activation
         return y
 
@@ -204,10 +212,10 @@ class _ExpertFFN(torch.autograd.Function):
         # order of the inputs: x, gate_up, down, gate_up_bias, down_bias, weight, residual, then the plan
         needs = list(ctx.needs_input_grad[:6])
         if not any(needs):
-            return (None,) * 6 + (dresidual,) + (None,) * 5
+            return (None,) * 6 + (dresidual,) + (None,) * 6
         grads = _expert_ffn_backward(grad_out, *ctx.saved_tensors, ctx.activation, needs)
         wanted = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-        return (*wanted, dresidual) + (None,) * 5
+        return (*wanted, dresidual) + (None,) * 6
 
 
 def expert_ffn(  # noqa: PLR0913 - a whole layer: its weights, its routing, its residual

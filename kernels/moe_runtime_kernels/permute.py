@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._checks import FLOATS, check_dims, check_dtype, check_shape
-from ._dispatch import accumulator, register_reference
+from ._dispatch import accumulator, register_kernel, register_reference
 from .plan import RoutingPlan, check_plan
 
 # --- contract: schema and output shape, known before any graph is captured --------------
@@ -50,6 +50,12 @@ def scatter_rows_reference(y_ND: Tensor, row_TK: Tensor) -> Tensor:
     for k in range(K):
         out_TD = out_TD + gather_rows_reference(y_ND, row_TK[:, k])
     return out_TD.to(y_ND.dtype)
+
+
+# --- GPU: Triton is imported by the first launch, never by `import` ---------------------
+
+register_kernel("moe_runtime::gather_rows", "permute", "launch_gather_rows")
+register_kernel("moe_runtime::scatter_rows", "permute", "launch_scatter_rows")
 
 
 # --- autograd and the public functions --------------------------------------------------

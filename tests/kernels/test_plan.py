@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import DEVICE, PATTERNS, choose
-from moe_runtime_kernels import RoutingPlan, make_plan
+from moe_runtime_kernels import RoutingPlan, gather_rows, make_plan
+from moe_runtime_kernels.plan import TILE_HEIGHTS, tile_bound
 
 
 def plan_by_hand(expert_TK, E):
@@ -15,11 +16,13 @@ def plan_by_hand(expert_TK, E):
     row = [-1] * (T * K)
     for n, slot in enumerate(slots):
         row[slot] = n
+    tiles = [[sum(-(-flat.count(i) // M) for i in range(e + 1)) for e in range(E)] for M in TILE_HEIGHTS]
     return RoutingPlan(
         torch.tensor(row, dtype=torch.int32).view(T, K),
         torch.tensor([slot // K for slot in slots] + left_over, dtype=torch.int32),
         torch.tensor(slots + left_over, dtype=torch.int32),
         torch.tensor([sum(0 <= i <= e for i in flat) for e in range(E)], dtype=torch.int32),
+        torch.tensor(tiles, dtype=torch.int32),
     )
 
 
@@ -55,8 +58,9 @@ def test_plan_properties(data):
 
 def test_plan_of_no_tokens():
     plan = make_plan(torch.empty(0, 3, dtype=torch.int32, device=DEVICE), 4)
-    assert [tuple(part.shape) for part in plan] == [(0, 3), (0,), (0,), (4,)]
+    assert [tuple(part.shape) for part in plan] == [(0, 3), (0,), (0,), (4,), (4, 4)]
     assert plan.offset_E.tolist() == [0, 0, 0, 0]
+    assert plan.tile_end_ME.tolist() == [[0, 0, 0, 0]] * 4
 
 
 def test_plan_takes_any_strides():
@@ -72,10 +76,52 @@ def test_plan_refuses_bad_input():
         make_plan(expert_TK.flatten(), 3)
     with pytest.raises(ValueError, match="make_plan: expert must be int32 or int64, got float32"):
         make_plan(expert_TK.float(), 3)
-    with pytest.raises(ValueError, match="make_plan: num_experts must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="make_plan: num_experts must be from 1 to 1024, got 0"):
         make_plan(expert_TK, 0)
+    with pytest.raises(ValueError, match="make_plan: num_experts must be from 1 to 1024, got 1025"):
+        make_plan(expert_TK, 1025)
     with pytest.raises(ValueError, match=r"expert must have at least 1 choice per token, got shape \(4, 0\)"):
         make_plan(expert_TK[:, :0], 3)
+
+
+def test_a_plan_that_was_tampered_with_is_refused():
+    x_TD = torch.zeros(4, 8, device=DEVICE)
+    plan = make_plan(torch.zeros(4, 2, dtype=torch.int32, device=DEVICE), 3)
+    with pytest.raises(
+        ValueError, match=r"plan.tile_end_ME must have shape \(M, E\) = \(4, 3\), got \(3, 3\)"
+    ):
+        gather_rows(x_TD, plan._replace(tile_end_ME=plan.tile_end_ME[:3]))
+    with pytest.raises(ValueError, match=r"plan.row_TK must be contiguous .*, got strides \(1, 4\)"):
+        gather_rows(x_TD, plan._replace(row_TK=plan.row_TK.t().contiguous().t()))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_tiles_find_their_rows_and_never_exceed_the_bound(data):
+    count_E = data.draw(st.lists(st.integers(0, 300), min_size=1, max_size=12))
+    dropped = data.draw(st.integers(0, 20))
+    E, N = len(count_E), sum(count_E) + dropped
+    ids = [e for e, count in enumerate(count_E) for _ in range(count)] + [E] * dropped
+    plan = make_plan(torch.tensor(ids, dtype=torch.int32).view(N, 1), E)
+    starts = [0, *plan.offset_E.tolist()]
+    for height, tile_end_E in zip(TILE_HEIGHTS, plan.tile_end_ME.tolist(), strict=True):
+        rows = []
+        for p in range(tile_bound(N, E, height)):
+            e = sum(end <= p for end in tile_end_E)
+            if e == E:
+                break
+            first = starts[e] + (p - ([0, *tile_end_E][e])) * height
+            rows += range(first, min(first + height, starts[e + 1]))
+        assert rows == list(range(sum(count_E))), f"height {height}"
+
+
+@pytest.mark.parametrize("height", TILE_HEIGHTS)
+@pytest.mark.parametrize(("N", "E"), [(0, 3), (2, 3), (3, 3), (4, 3), (130, 3), (131, 3), (300, 1), (777, 8)])
+def test_the_bound_on_tiles_is_reached(N, E, height):
+    """By one row for each expert but the last, which gets the rest."""
+    plan = make_plan(torch.arange(N, dtype=torch.int32).clamp(max=E - 1)[:, None], E)
+    m = TILE_HEIGHTS.index(height)
+    assert plan.tile_end_ME[m, -1].item() == tile_bound(N, E, height)
 
 
 def test_plan_registration():
