@@ -1,9 +1,9 @@
 """combine: bring expert outputs back to token order.
 
-    out[t] = residual[t] + sum over k of weight[t, k] * y[row[t, k]]          a row of -1 counts as zero
+    out[t] = sum over k of weight[t, k] * y[row[t, k]] + residual[t] + addend[t]    a row of -1 counts as zero
 
-Sums run in float32, k ascending, the residual last, and are rounded once: to the residual's dtype, or to y's
-without one.
+Sums run in float32, k ascending, then the residual, then the addend, and are rounded once: to the residual's
+dtype, or to y's without one. The addend is for what a parallel block's attention returns.
 """
 
 from typing import Any
@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from ._checks import FLOATS, check_device, check_dims, check_dtype, check_shape
-from ._dispatch import accumulator, register_reference
+from ._dispatch import accumulator, register_kernel, register_reference
 from .permute import gather_rows_reference
 from .plan import RoutingPlan, check_plan
 
 # --- contract: schema and output shape, known before any graph is captured --------------
 
 torch.library.define(
-    "moe_runtime::combine", "(Tensor y, Tensor weight, Tensor row, Tensor? residual) -> Tensor"
+    "moe_runtime::combine",
+    "(Tensor y, Tensor weight, Tensor row, Tensor? residual, Tensor? addend) -> Tensor",
 )
 torch.library.define(
     "moe_runtime::combine_backward",
@@ -31,7 +32,7 @@ _combine_backward = torch.ops.moe_runtime.combine_backward.default
 
 
 @torch.library.register_fake("moe_runtime::combine")
-def _(y, weight, row, residual):
+def _(y, weight, row, residual, addend):
     like = y if residual is None else residual
     return like.new_empty(row.shape[0], y.shape[1])
 
@@ -45,15 +46,22 @@ def _(grad_out, y, weight, row, token, slot):
 
 
 @register_reference("moe_runtime::combine")
-def combine_reference(y_ND: Tensor, weight_TK: Tensor, row_TK: Tensor, residual_TD: Tensor | None) -> Tensor:
+def combine_reference(
+    y_ND: Tensor,
+    weight_TK: Tensor,
+    row_TK: Tensor,
+    residual_TD: Tensor | None = None,
+    addend_TD: Tensor | None = None,
+) -> Tensor:
     T, K = weight_TK.shape
     acc = accumulator(y_ND.dtype)
     out_TD = torch.zeros(T, y_ND.shape[1], dtype=acc, device=y_ND.device)
     for k in range(K):
         out_TD = out_TD + weight_TK[:, k, None].to(acc) * gather_rows_reference(y_ND, row_TK[:, k]).to(acc)
-    if residual_TD is None:
-        return out_TD.to(y_ND.dtype)
-    return (out_TD + residual_TD.to(acc)).to(residual_TD.dtype)
+    for added_TD in (residual_TD, addend_TD):
+        if added_TD is not None:
+            out_TD = out_TD + added_TD.to(acc)
+    return out_TD.to(y_ND.dtype if residual_TD is None else residual_TD.dtype)
 
 
 @register_reference("moe_runtime::combine_backward")
@@ -68,33 +76,51 @@ def combine_backward_reference(
     return (weight_N1 * grad_ND).to(y_ND.dtype), dweight_TK.to(weight_TK.dtype)
 
 
+# --- GPU: Triton is imported by the first launch, never by `import` ---------------------
+
+register_kernel("moe_runtime::combine", "combine", "launch_combine")
+register_kernel("moe_runtime::combine_backward", "combine", "launch_combine_backward")
+
+
 # --- autograd and the public function ---------------------------------------------------
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, weight: Tensor, residual: Tensor | None, row: Tensor, token: Tensor, slot: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y, weight, residual, addend, row, token, slot = inputs
         ctx.save_for_backward(y, weight, row, token, slot)
-        return _combine(y, weight, row, residual)
+        ctx.addend_dtype = None if addend is None else addend.dtype
+        return _combine(y, weight, row, residual, addend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        needs_y, needs_weight, needs_residual, needs_addend = ctx.needs_input_grad[:4]
         grad_out = grad_out.contiguous()
-        dy, dweight = _combine_backward(grad_out, *ctx.saved_tensors)
-        return dy, dweight, grad_out if ctx.needs_input_grad[2] else None, None, None, None
+        dy = dweight = None
+        if needs_y or needs_weight:
+            dy, dweight = _combine_backward(grad_out, *ctx.saved_tensors)
+        dresidual = grad_out if needs_residual else None
+        daddend = grad_out.to(ctx.addend_dtype) if needs_addend else None
+        return dy, dweight, dresidual, daddend, None, None, None
 
 
-def combine(y_ND: Tensor, weight_TK: Tensor, plan: RoutingPlan, residual_TD: Tensor | None = None) -> Tensor:
-    """Gate-weighted sum of each token's K expert outputs, plus the residual.
+def combine(
+    y_ND: Tensor,
+    weight_TK: Tensor,
+    plan: RoutingPlan,
+    residual_TD: Tensor | None = None,
+    addend_TD: Tensor | None = None,
+) -> Tensor:
+    """Gate-weighted sum of each token's K expert outputs, plus the residual, plus a second addend.
 
     Args:
         y_ND: expert outputs in expert order, bf16, fp16, fp32 or fp64.
         weight_TK: gate of each (token, choice); any float dtype, float32 from `route_topk`.
         plan: from `make_plan`, for the same T and K.
         residual_TD: added in float32 before the one rounding; any float dtype.
+        addend_TD: added in float32 after the residual, before the one rounding; any float dtype.
 
     Returns:
         y_TD in the residual's dtype, or y's without one.
@@ -108,10 +134,11 @@ def combine(y_ND: Tensor, weight_TK: Tensor, plan: RoutingPlan, residual_TD: Ten
     D = y_ND.shape[1]
     check_shape("combine", "y", y_ND, (T * K, D), "(T*K, D)")
     check_gates("combine", weight_TK, residual_TD, (T, K, D), y_ND.device)
+    _check_added("combine", "addend", addend_TD, (T, D), y_ND.device)
     residual_TD = None if residual_TD is None else residual_TD.contiguous()
-    return _Combine.apply(
-        y_ND.contiguous(), weight_TK.contiguous(), residual_TD, plan.row_TK, plan.token_N, plan.slot_N
-    )
+    addend_TD = None if addend_TD is None else addend_TD.contiguous()
+    operands = (y_ND.contiguous(), weight_TK.contiguous(), residual_TD, addend_TD)
+    return _Combine.apply(*operands, plan.row_TK, plan.token_N, plan.slot_N)
 
 
 def check_gates(
@@ -122,7 +149,13 @@ def check_gates(
     check_shape(op, "weight", weight_TK, (T, K), "(T, K)")
     check_dtype(op, "weight", weight_TK, FLOATS)
     check_device(op, "weight", weight_TK, device)
-    if residual_TD is not None:
-        check_shape(op, "residual", residual_TD, (T, D), "(T, D)")
-        check_dtype(op, "residual", residual_TD, FLOATS)
-        check_device(op, "residual", residual_TD, device)
+    _check_added(op, "residual", residual_TD, (T, D), device)
+
+
+def _check_added(
+    op: str, name: str, tensor: Tensor | None, sizes: tuple[int, int], device: torch.device
+) -> None:
+    if tensor is not None:
+        check_shape(op, name, tensor, sizes, "(T, D)")
+        check_dtype(op, name, tensor, FLOATS)
+        check_device(op, name, tensor, device)
