@@ -8,6 +8,7 @@
     balance_loss = E * sum over e of f[e] * P[e]      f: share of the routing slots, sums to 1; P: mean of p
     z_loss = mean of logsumexp(logits)**2
 
+With `num_sequences` the balance loss is the mean of that of each sequence that has tokens.
 All arithmetic is float32 (float64 for float64 logits). Loads and losses skip masked tokens. `f` and the
 choice have no gradient, so `bias` has none. Sources: Switch Transformer (Fedus et al. 2021, eq. 4), with f
 divided by K so that K does not scale the loss; ST-MoE (Zoph et al. 2022, eq. 5); DeepSeek-V3 (2024) for
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ._checks import FLOATS, check_choice, check_device, check_dims, check_dtype, check_shape
-from ._dispatch import accumulator, register_reference
+from ._dispatch import accumulator, register_kernel, register_reference
 
 SCORES = ("softmax", "sigmoid")
 GATES = ("raw", "renorm", "straight_through")
@@ -43,13 +44,15 @@ class RouteTopK(NamedTuple):
 torch.library.define(
     "moe_runtime::route_topk",
     "(Tensor logits, Tensor? bias, Tensor? token_mask, int experts_per_token, str score, str gate,"
-    " float scale, int num_groups, int groups_kept, str group_score)"
-    " -> (Tensor weight, Tensor expert, Tensor count, Tensor balance_loss, Tensor z_loss)",
+    " float scale, int num_groups, int groups_kept, str group_score, SymInt num_sequences)"
+    " -> (Tensor weight, Tensor expert, Tensor count, Tensor sequence_count, Tensor num_counted,"
+    " Tensor balance_loss, Tensor z_loss)",
 )
 torch.library.define(
     "moe_runtime::route_topk_backward",
-    "(Tensor dweight, Tensor dbalance_loss, Tensor dz_loss, Tensor logits, Tensor expert, Tensor count,"
-    " Tensor? token_mask, str score, str gate, float scale) -> Tensor dlogits",
+    "(Tensor dweight, Tensor dbalance_loss, Tensor dz_loss, Tensor logits, Tensor expert,"
+    " Tensor sequence_count, Tensor num_counted, Tensor? token_mask, str score, str gate, float scale)"
+    " -> Tensor dlogits",
 )
 _route_topk = torch.ops.moe_runtime.route_topk.default
 _route_topk_backward = torch.ops.moe_runtime.route_topk_backward.default
@@ -57,10 +60,11 @@ _route_topk_backward = torch.ops.moe_runtime.route_topk_backward.default
 
 @torch.library.register_fake("moe_runtime::route_topk")
 def _(logits, bias, token_mask, experts_per_token, *options):
-    T, E = logits.shape
+    (T, E), num_sequences = logits.shape, options[-1]
     weight = logits.new_empty(T, experts_per_token, dtype=accumulator(logits.dtype))
     expert = weight.new_empty(weight.shape, dtype=torch.int32)
-    return weight, expert, expert.new_empty(E), weight.new_empty(()), weight.new_empty(())
+    counts = (expert.new_empty(E), expert.new_empty(num_sequences, E), expert.new_empty(2))
+    return weight, expert, *counts, weight.new_empty(()), weight.new_empty(())
 
 
 @torch.library.register_fake("moe_runtime::route_topk_backward")
@@ -83,7 +87,9 @@ def route_topk_reference(  # noqa: PLR0913 - the operation's own arguments, in i
     num_groups: int,
     groups_kept: int,
     group_score: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_sequences: int,
+) -> tuple[Tensor, ...]:
+    """B is num_sequences. `num_counted`: the tokens that count, and the sequences that have any."""
     logits_TE = logits_TE.to(accumulator(logits_TE.dtype))
     score_TE, prob_TE = _scores(logits_TE, score)
     choice_TE = score_TE.detach() if bias_E is None else score_TE.detach() + bias_E.to(score_TE.dtype)
@@ -98,14 +104,22 @@ def route_topk_reference(  # noqa: PLR0913 - the operation's own arguments, in i
     elif gate == "renorm":
         chosen_TK = chosen_TK / (chosen_TK.sum(1, keepdim=True) + TINY)
 
-    counted_T, num_tokens = _counted(logits_TE, token_mask_T)
-    count_E = torch.zeros(logits_TE.shape[1], dtype=torch.int32, device=logits_TE.device)
+    B, L, E = num_sequences, logits_TE.shape[0] // num_sequences, logits_TE.shape[1]
+    counted_T = _counted(logits_TE, token_mask_T)
+    tokens_B = counted_T.view(B, L).sum(1)
+    num_counted = torch.stack((tokens_B.sum(), (tokens_B > 0).sum())).int()
+    num_tokens, sequences = num_counted.clamp(min=1)  # a mean over none is 0
+    cell_TK = E * torch.arange(B, device=expert_TK.device).repeat_interleave(L)[:, None] + expert_TK
     slots_TK = counted_T[:, None].expand_as(expert_TK)
-    count_E = count_E.index_add(0, expert_TK.flatten(), slots_TK.flatten().int())
-    prob_E = torch.where(counted_T[:, None], prob_TE, 0).sum(0) / num_tokens
-    balance_loss = (_load(count_E, num_tokens, expert_TK, prob_E.dtype) * prob_E).sum()
+    count_BE = torch.zeros(B * E, dtype=torch.int32, device=expert_TK.device)
+    count_BE = count_BE.index_add(0, cell_TK.flatten(), slots_TK.flatten().int()).view(B, E)
+
+    prob_BE = torch.where(counted_T[:, None], prob_TE, 0).view(B, L, E).sum(1)
+    prob_BE = prob_BE / tokens_B.clamp(min=1)[:, None]
+    balance_loss = (_load(count_BE, prob_BE.dtype) * prob_BE).sum() / sequences
     z_loss = torch.where(counted_T, logits_TE.logsumexp(1).square(), 0).sum() / num_tokens
-    return scale * chosen_TK, expert_TK.int(), count_E, balance_loss, z_loss
+    counts = (count_BE.sum(0, dtype=torch.int32), count_BE, num_counted)
+    return scale * chosen_TK, expert_TK.int(), *counts, balance_loss, z_loss
 
 
 def _scores(logits_TE: Tensor, score: str) -> tuple[Tensor, Tensor]:
@@ -135,16 +149,16 @@ def _keep_groups(choice_TE: Tensor, num_groups: int, groups_kept: int, group_sco
     return grouped.masked_fill(~kept[..., None], -torch.inf).view(T, E)
 
 
-def _counted(logits_TE: Tensor, token_mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Which tokens enter the means, and their number; at least 1, so that a mean over none is 0."""
+def _counted(logits_TE: Tensor, token_mask_T: Tensor | None) -> Tensor:
+    """Which tokens enter the means."""
     if token_mask_T is None:
-        token_mask_T = torch.ones(logits_TE.shape[0], dtype=torch.bool, device=logits_TE.device)
-    return token_mask_T, token_mask_T.sum().clamp(min=1)
+        return torch.ones(logits_TE.shape[0], dtype=torch.bool, device=logits_TE.device)
+    return token_mask_T
 
 
-def _load(count_E: Tensor, num_tokens: Tensor, expert_TK: Tensor, dtype: torch.dtype) -> Tensor:
-    """E * f: each expert's load in units of an even one."""
-    return count_E.shape[0] * (count_E.to(dtype) / (num_tokens * expert_TK.shape[1]))
+def _load(count_BE: Tensor, dtype: torch.dtype) -> Tensor:
+    """E * f: each expert's load in units of an even one; 0 in a sequence without tokens."""
+    return count_BE.shape[1] * (count_BE.to(dtype) / count_BE.sum(1, keepdim=True).clamp(min=1))
 
 
 @register_reference("moe_runtime::route_topk_backward")
@@ -154,7 +168,8 @@ def route_topk_backward_reference(  # noqa: PLR0913 - the operation's own argume
     dz_loss: Tensor,
     logits_TE: Tensor,
     expert_TK: Tensor,
-    count_E: Tensor,
+    count_BE: Tensor,
+    num_counted: Tensor,
     token_mask_T: Tensor | None,
     score: str,
     gate: str,
@@ -162,11 +177,13 @@ def route_topk_backward_reference(  # noqa: PLR0913 - the operation's own argume
 ) -> Tensor:
     dtype, expert_TK = logits_TE.dtype, expert_TK.long()
     logits_TE = logits_TE.to(accumulator(dtype))
-    counted_T, num_tokens = _counted(logits_TE, token_mask_T)
-    counted_T1 = counted_T[:, None]
+    num_tokens, sequences = num_counted.clamp(min=1)
+    counted_T1 = _counted(logits_TE, token_mask_T)[:, None]
     score_TE, prob_TE = _scores(logits_TE, score)
-    load_E = _load(count_E, num_tokens, expert_TK, logits_TE.dtype)
-    dprob_TE = torch.where(counted_T1, dbalance_loss / num_tokens * load_E, 0)
+    tokens_B1 = (count_BE.sum(1, keepdim=True) // expert_TK.shape[1]).clamp(min=1)
+    dprob_BE = dbalance_loss / (sequences * tokens_B1) * _load(count_BE, logits_TE.dtype)
+    dprob_TE = dprob_BE.repeat_interleave(logits_TE.shape[0] // count_BE.shape[0], 0)
+    dprob_TE = torch.where(counted_T1, dprob_TE, 0)
     dlogits_TE = torch.where(counted_T1, _z_grad(logits_TE) * (dz_loss / num_tokens), 0)
 
     dchosen_TK = scale * dweight_TK
@@ -199,6 +216,12 @@ def _normalised_grad(value: Tensor, dshare: Tensor) -> Tensor:
     return (dshare - (value / total * dshare).sum(1, keepdim=True)) / total
 
 
+# --- GPU: Triton is imported by the first launch, never by `import` ---------------------
+
+register_kernel("moe_runtime::route_topk", "route", "launch_route_topk")
+register_kernel("moe_runtime::route_topk_backward", "route", "launch_route_topk_backward")
+
+
 # --- autograd and the public function ---------------------------------------------------
 
 
@@ -207,9 +230,11 @@ class _RouteTopK(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, bias: Tensor | None, token_mask: Tensor | None, *options: Any
     ) -> tuple[Tensor, ...]:
-        weight, expert, count, balance_loss, z_loss = _route_topk(logits, bias, token_mask, *options)
+        weight, expert, count, sequence_count, num_counted, balance_loss, z_loss = _route_topk(
+            logits, bias, token_mask, *options
+        )
         ctx.mark_non_differentiable(expert, count)
-        ctx.save_for_backward(logits, expert, count, token_mask)
+        ctx.save_for_backward(logits, expert, sequence_count, num_counted, token_mask)
         ctx.score_gate_scale = options[1:4]
         return weight, expert, count, balance_loss, z_loss
 
@@ -219,7 +244,7 @@ class _RouteTopK(torch.autograd.Function):
         dlogits = _route_topk_backward(
             dweight.contiguous(), dbalance, dz, *ctx.saved_tensors, *ctx.score_gate_scale
         )
-        return (dlogits,) + (None,) * 9
+        return (dlogits,) + (None,) * 10
 
 
 def route_topk(  # noqa: PLR0913 - one router, described once; RouterConfig holds these fields for the layers
@@ -234,6 +259,8 @@ def route_topk(  # noqa: PLR0913 - one router, described once; RouterConfig hold
     groups_kept: int = 1,
     group_score: str = "top2_sum",
     token_mask_T: Tensor | None = None,
+    num_sequences: int = 1,
+    check_finite: bool = False,
 ) -> RouteTopK:
     """Choose K experts for each token and compute gates, loads and both auxiliary losses.
 
@@ -248,13 +275,19 @@ def route_topk(  # noqa: PLR0913 - one router, described once; RouterConfig hold
         groups_kept: at most num_groups, and enough for K experts.
         group_score: "top2_sum" or "max" of score + bias in the group.
         token_mask_T: bool; tokens that are False are routed, but left out of count_E and of both losses.
+        num_sequences: divides T; the tokens of a sequence are neighbours. The balance loss is the mean of
+            that of each sequence with tokens that count.
+        check_finite: for debugging: raise if a token that counts has a logit that is not finite. It waits
+            for the device.
 
     Returns:
         RouteTopK: weight_TK and the two losses float32 (float64 for float64 logits), expert_TK and count_E
-        int32, the experts of a token in falling order of the choice. Losses over no tokens are 0.
+        int32, the experts of a token in falling order of the choice. Losses over no tokens are 0. Logits
+        that are not finite give K distinct experts in range all the same, a NaN ranking highest; the gates
+        and the losses may then be NaN.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype or value.
+        ValueError: an argument has a wrong shape, dtype or value; on a GPU, E is above 1024.
     """
     T, E = _check_logits(logits_TE, experts_per_token, score, gate)
     _check_groups(E, experts_per_token, num_groups, groups_kept, group_score)
@@ -262,12 +295,18 @@ def route_topk(  # noqa: PLR0913 - one router, described once; RouterConfig hold
         check_shape("route_topk", "bias", bias_E, (E,), "(E,)")
         check_dtype("route_topk", "bias", bias_E, FLOATS)
         check_device("route_topk", "bias", bias_E, logits_TE.device)
-        bias_E = bias_E.detach()
+        bias_E = bias_E.detach().contiguous()
     if token_mask_T is not None:
         check_shape("route_topk", "token_mask", token_mask_T, (T,), "(T,)")
         check_dtype("route_topk", "token_mask", token_mask_T, (torch.bool,))
         check_device("route_topk", "token_mask", token_mask_T, logits_TE.device)
-    options = (experts_per_token, score, gate, float(scale), num_groups, groups_kept, group_score)
+        token_mask_T = token_mask_T.contiguous()
+    if num_sequences < 1 or T % num_sequences:
+        raise ValueError(f"route_topk: num_sequences must divide T = {T}, got {num_sequences}")
+    if check_finite:
+        _check_finite(logits_TE, token_mask_T)
+    choice = (num_groups, groups_kept, group_score)
+    options = (experts_per_token, score, gate, float(scale), *choice, num_sequences)
     return RouteTopK(*_RouteTopK.apply(logits_TE.contiguous(), bias_E, token_mask_T, *options))
 
 
@@ -306,4 +345,14 @@ def _check_groups(
         raise ValueError(
             f"route_topk: groups_kept must leave at least experts_per_token = {experts_per_token} experts, "
             f"got {groups_kept} groups of {E // num_groups}"
+        )
+
+
+def _check_finite(logits_TE: Tensor, token_mask_T: Tensor | None) -> None:
+    bad_TE = ~logits_TE.detach().isfinite() & _counted(logits_TE, token_mask_T)[:, None]
+    if bad_TE.any():
+        token, expert = bad_TE.nonzero()[0].tolist()
+        raise ValueError(
+            f"route_topk: logits must be finite with check_finite, got {logits_TE[token, expert].item()} for "
+            f"token {token} and expert {expert}"
         )

@@ -6,34 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import DEVICE, DTYPES, assert_compiles_once, assert_matches, assert_same_bits, normal
 from moe_runtime_kernels import route_topk
-
-# T, E, K and the options; every score, gate, group score, scale, bias and mask occurs
-CASES = [
-    pytest.param(64, 8, 2, {}, id="mixtral"),
-    pytest.param(37, 5, 3, {"gate": "raw"}, id="raw"),
-    pytest.param(33, 7, 1, {"gate": "raw", "scale": 2.5, "masked": True}, id="switch-with-padding"),
-    pytest.param(33, 4, 1, {"gate": "straight_through", "scale": 0.5}, id="straight-through"),
-    pytest.param(33, 4, 1, {"gate": "straight_through", "score": "sigmoid"}, id="sigmoid-straight-through"),
-    pytest.param(37, 6, 2, {"score": "sigmoid", "gate": "raw"}, id="sigmoid-raw"),
-    pytest.param(
-        41,
-        12,
-        3,
-        {"score": "sigmoid", "scale": 2.5, "biased": True, "num_groups": 4, "groups_kept": 2, "masked": True},
-        id="deepseek-v3",
-    ),
-    pytest.param(
-        40,
-        12,
-        4,
-        {"gate": "raw", "scale": 16.0, "num_groups": 3, "groups_kept": 1, "group_score": "max"},
-        id="deepseek-v2",
-    ),
-    pytest.param(40, 8, 3, {"biased": True, "num_groups": 8, "groups_kept": 5}, id="groups-of-one-expert"),
-    pytest.param(17, 4, 4, {}, id="every-expert-chosen"),
-    pytest.param(9, 1, 1, {"gate": "raw", "score": "sigmoid"}, id="a-single-expert"),
-    pytest.param(1, 6, 2, {}, id="one-token"),
-]
+from route_cases import CASES, joined, make_case
 
 
 def choose_by_hand(score_E, K, bias_E, num_groups, groups_kept, group_score):
@@ -55,6 +28,7 @@ def route_by_hand(logits, K, options):
         "scale": 1.0,
         "bias_E": None,
         "token_mask_T": None,
+        "num_sequences": 1,
     } | options
     T, E = logits.shape
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -76,23 +50,15 @@ def route_by_hand(logits, K, options):
     mask = options["token_mask_T"]
     tokens = torch.ones(T, dtype=torch.bool, device=s.device) if mask is None else mask
     count = torch.stack([(expert[tokens] == e).sum() for e in range(E)])
-    balance = E * (count.to(p.dtype) / count.sum() * p[tokens].mean(0)).sum()
+    balances = []
+    for rows in torch.arange(T, device=s.device).chunk(options["num_sequences"]):
+        rows = rows[tokens[rows]]
+        if len(rows):
+            share = torch.stack([(expert[rows] == e).sum() for e in range(E)]).to(p.dtype) / (len(rows) * K)
+            balances.append(E * (share * p[rows].mean(0)).sum())
+    balance = torch.stack(balances).mean()
     z = logits[tokens].logsumexp(1).square().mean()
     return options["scale"] * chosen, expert, count, balance, z
-
-
-def make_case(T, E, K, options, dtype=torch.float32, draw=0):
-    options = dict(options)
-    if options.pop("biased", False):
-        options["bias_E"] = normal(E, seed=100, scale=0.2)
-    if options.pop("masked", False):
-        options["token_mask_T"] = (torch.arange(T) % 3 != 1).to(DEVICE)
-    return normal(T, E, dtype=dtype, seed=draw), options
-
-
-def joined(weight, expert, count, balance, z):
-    """One tensor of all that has a gradient."""
-    return torch.cat([weight.flatten(), balance[None], z[None]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -120,6 +86,8 @@ def test_route_gradients_in_double_precision(T, E, K, options):
     logits, options = make_case(min(T, 4), E, K, options, torch.float64)
     if "token_mask_T" in options:
         options["token_mask_T"] = options["token_mask_T"][:4]
+    if "num_sequences" in options:
+        options["num_sequences"] = min(T, 4) // 2
     # the value of a straight-through gate is constant: only the losses can be differentiated numerically
     first = 3 if options.get("gate") == "straight_through" else 0
 
@@ -242,10 +210,26 @@ def test_masked_tokens_are_routed_and_not_counted():
     assert masked.z_loss.item() == pytest.approx(alone.z_loss.item(), rel=1e-6)
 
 
+def test_sequences_are_balanced_one_by_one():
+    """One of the three has no token that counts and is left out of the mean."""
+    logits, mask = normal(18, 5), torch.ones(18, dtype=torch.bool, device=DEVICE)
+    mask[6:12] = mask[1] = False
+    result = route_topk(logits, 2, token_mask_T=mask, num_sequences=3)
+    alone = [route_topk(logits[rows][mask[rows]], 2) for rows in (slice(0, 6), slice(12, 18))]
+    mean = (alone[0].balance_loss + alone[1].balance_loss) / 2
+    assert result.balance_loss.item() == pytest.approx(mean.item(), rel=1e-6)
+    together = route_topk(logits, 2, token_mask_T=mask)
+    assert torch.equal(result.count_E, together.count_E)
+    assert result.z_loss.item() == pytest.approx(together.z_loss.item(), rel=1e-6)
+    assert abs(result.balance_loss - together.balance_loss) > 1e-3
+
+
+@pytest.mark.parametrize("num_sequences", [1, 2])
 @pytest.mark.parametrize("T", [0, 4])
-def test_losses_over_no_tokens_are_zero(T):
+def test_losses_over_no_tokens_are_zero(T, num_sequences):
     logits = normal(T, 5).requires_grad_()
-    result = route_topk(logits, 2, token_mask_T=torch.zeros(T, dtype=torch.bool, device=DEVICE))
+    mask = torch.zeros(T, dtype=torch.bool, device=DEVICE)
+    result = route_topk(logits, 2, token_mask_T=mask, num_sequences=num_sequences)
     assert result.weight_TK.shape == result.expert_TK.shape == (T, 2)
     assert result.count_E.tolist() == [0] * 5
     assert result.balance_loss.item() == result.z_loss.item() == 0
@@ -291,11 +275,41 @@ def test_strided_logits_are_copied():
             {"token_mask_T": torch.ones(4, 1).bool()},
         ),
         ("token_mask must be bool, got float32", 2, {"token_mask_T": torch.ones(4)}),
+        ("num_sequences must divide T = 4, got 3", 2, {"num_sequences": 3}),
+        ("num_sequences must divide T = 4, got 0", 2, {"num_sequences": 0}),
     ],
 )
 def test_route_refuses_bad_options(message, experts_per_token, options):
     with pytest.raises(ValueError, match=f"route_topk: {message}"):
         route_topk(torch.randn(4, 6), experts_per_token, **options)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_not_finite_still_give_distinct_experts(value, score):
+    logits = normal(4, 6)
+    logits[1, 4] = logits[2] = value
+    result = route_topk(logits, 3, score=score)
+    for row in result.expert_TK.tolist():
+        assert len(set(row)) == 3
+        assert set(row) <= set(range(6))
+    assert result.count_E.sum() == 12
+    if value is torch.nan:
+        assert result.z_loss.isnan()
+        assert result.expert_TK[1, 0] == (0 if score == "softmax" else 4)
+
+
+def test_check_finite_names_the_first_bad_logit():
+    logits = normal(5, 6)
+    mask = torch.ones(5, dtype=torch.bool, device=DEVICE)
+    route_topk(logits, 2, check_finite=True)
+    logits[3, 2] = logits[4] = -torch.inf
+    with pytest.raises(
+        ValueError, match="logits must be finite with check_finite, got -inf for token 3 and expert 2"
+    ):
+        route_topk(logits, 2, check_finite=True)
+    mask[3:] = False  # padding may hold anything
+    route_topk(logits, 2, token_mask_T=mask, check_finite=True)
 
 
 def test_route_refuses_bad_logits():
@@ -309,7 +323,7 @@ def test_route_refuses_bad_logits():
         route_topk(torch.ones(4, 6).long(), 1)
 
 
-@pytest.mark.parametrize(("T", "E", "K", "options"), CASES[:7])
+@pytest.mark.parametrize(("T", "E", "K", "options"), [*CASES[:7], CASES[-2]])
 def test_route_registration(T, E, K, options):
     logits, options = make_case(T, E, K, options)
     options = {
@@ -318,16 +332,18 @@ def test_route_registration(T, E, K, options):
         "scale": 1.0,
         "num_groups": 1,
         "groups_kept": 1,
+        "num_sequences": 1,
     } | options
     bias, mask = options.get("bias_E"), options.get("token_mask_T")
     bias, mask = (None if x is None else x.cpu() for x in (bias, mask))
     names = ("score", "gate", "scale", "num_groups", "groups_kept")
-    args = (logits.cpu(), bias, mask, K, *(options[name] for name in names), "top2_sum")
+    choice = (*(options[name] for name in names), "top2_sum", options["num_sequences"])
+    args = (logits.cpu(), bias, mask, K, *choice)
     forward, backward = torch.ops.moe_runtime.route_topk, torch.ops.moe_runtime.route_topk_backward
     torch.library.opcheck(forward.default, args)
-    weight, expert, count, balance, z = forward(*args)
+    weight, expert, _, *counts, balance, z = forward(*args)
     dweight = torch.randn_like(weight)
-    args = (dweight, balance, z, logits.cpu(), expert, count, mask, *(options[name] for name in names[:3]))
+    args = (dweight, balance, z, logits.cpu(), expert, *counts, mask, *(options[name] for name in names[:3]))
     torch.library.opcheck(backward.default, args)
 
 
@@ -337,6 +353,7 @@ def test_route_compiles_in_one_graph(score):
 
     def fn(logits, mask):
         options = {"score": score, "bias_E": bias_E, "num_groups": 3, "groups_kept": 2}
+        options["num_sequences"] = logits.shape[0]
         return joined(*route_topk(logits, 2, token_mask_T=mask, **options))
 
     def make(T):
