@@ -279,7 +279,7 @@ def choose_launch(N: int, E: int) -> PlanLaunch:
         experts=max(triton.next_power_of_2(E), 128),
         scan_tiles=256,
         scan_experts=16,
-        options=Options(num_warps=4),
+        options=Options(num_warps=8),
     )
 
 
