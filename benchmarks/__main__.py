@@ -1,4 +1,5 @@
-"""`python -m benchmarks run` times the suites; `… report` rewrites the tables made from their results."""
+"""`python -m benchmarks run` times the suites, `… aot` compiles the kernels for GPUs that are not here and
+`… report` rewrites the tables made from the results."""
 
 import argparse
 import sys
@@ -45,6 +46,11 @@ def main() -> int:
     timing.add_argument("--tiny", action="store_true", help="shapes of a second, to show that the suites run")
     timing.add_argument("--only", help="run the benchmarks whose name contains this")
     timing.set_defaults(call=run)
+    from benchmarks import aot
+
+    compiling = commands.add_parser("aot", help="compile every kernel without a GPU and check the result")
+    aot.add_arguments(compiling)
+    compiling.set_defaults(call=aot.main)
     tables = commands.add_parser(
         "report", help="rewrite README's table and docs/performance.md from the results"
     )
