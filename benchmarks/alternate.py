@@ -18,8 +18,10 @@ class Timing:
     rounds: int
 
     @classmethod
-    def of(cls, seconds: list[float]) -> "Timing":
-        q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
+    def of(cls, seconds: list[float], calls: int = 1) -> "Timing":
+        """Of one call, where each measurement is of so many `calls`."""
+        quartiles = statistics.quantiles(seconds, n=4, method="inclusive")
+        q1, median, q3 = (quartile / calls for quartile in quartiles)
         return cls(median_s=median, q1_s=q1, q3_s=q3, rounds=len(seconds))
 
 
@@ -34,9 +36,12 @@ def _seconds(fn: Callable[[], object]) -> float:
 
 
 def time_alternately(
-    fns: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2
+    fns: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2, calls: int = 1
 ) -> dict[str, Timing]:
-    """Seconds per callable; every round runs each once, in an order that rotates from round to round."""
+    """Seconds per callable; every round runs each once, in an order that rotates from round to round.
+
+    A callable that stands for several `calls`, as a replayed graph does, has its seconds divided by them.
+    """
     if rounds < 2:
         raise ValueError(f"rounds must be at least 2, so that there is a spread, got {rounds}")
     names = list(fns)
@@ -47,4 +52,32 @@ def time_alternately(
         shift = i % len(names)
         for name in names[shift:] + names[:shift]:
             seconds[name].append(_seconds(fns[name]))
-    return {name: Timing.of(values) for name, values in seconds.items()}
+    return {name: Timing.of(values, calls) for name, values in seconds.items()}
+
+
+def captured(fn: Callable[[], object], launches: int) -> Callable[[], object]:
+    """Replay `launches` calls from a CUDA graph: a lone short launch would time the host.
+
+    Raises:
+        RuntimeError: `fn` does what a graph cannot hold, such as waiting for the device.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles, and fills the allocator, before anything is captured
+        for _ in range(3):
+            fn()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(launches):
+            fn()
+    return graph.replay
+
+
+def copy_bandwidth(device: str, nbytes: int) -> float:
+    """Bytes read and written per second by a copy of so many bytes on the device."""
+    source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    timing = time_alternately({"copy": lambda: target.copy_(source)}, rounds=10)["copy"]
+    return 2 * nbytes / timing.median_s

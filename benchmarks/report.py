@@ -13,11 +13,22 @@ def newest_results(folder: Path) -> dict[str, Path]:
     """Suite -> its newest file, `<device>/<date>_<commit>_<suite>.json`, by the time inside."""
     newest: dict[str, tuple[str, Path]] = {}
     for path in folder.glob("*/*.json"):
+        if path.parent.name == "aot":  # compiled, not measured
+            continue
         suite = path.stem.split("_", 2)[2]
         time = json.loads(path.read_text(encoding="utf-8"))["machine"]["time"]
         if suite not in newest or time > newest[suite][0]:
             newest[suite] = (time, path)
     return {suite: path for suite, (_, path) in sorted(newest.items())}
+
+
+def newest_compiled(folder: Path) -> Path | None:
+    """The newest result file of `python -m benchmarks aot`, by the time inside."""
+    times = {
+        path: json.loads(path.read_text(encoding="utf-8"))["machine"]["time"]
+        for path in folder.glob("aot/*.json")
+    }
+    return max(times, key=lambda path: times[path], default=None)
 
 
 def write_pages(root: Path) -> list[Path]:
@@ -45,6 +56,9 @@ def render_pages(root: Path) -> dict[Path, str]:
         parts.append("Everything here is CPU time. Nothing has been measured on a GPU yet.")
     for suite, content in sections.items():
         parts += _SECTIONS[suite](content, files[suite], root)
+    compiled = newest_compiled(root / "benchmarks" / "results")
+    if compiled is not None:
+        parts += _compiled_section(json.loads(compiled.read_text(encoding="utf-8")), compiled, root)
     pages[root / "docs" / "performance.md"] = "\n\n".join(parts) + "\n"
     return pages
 
@@ -154,9 +168,77 @@ def _ratio_section(title: str, explained: str) -> Any:
     return section
 
 
-def _spread(timing: dict[str, float]) -> str:
-    median, q1, q3 = (1e3 * timing[name] for name in ("median_s", "q1_s", "q3_s"))
+def _spread(timing: dict[str, float], unit: float = 1e3) -> str:
+    median, q1, q3 = (unit * timing[name] for name in ("median_s", "q1_s", "q3_s"))
     return f"{median:.2f} ({q1:.2f} to {q3:.2f})"
+
+
+def _moving_section(title: str, explained: str) -> Any:
+    """Of operations that move data; which implementations there are depends on the case."""
+
+    def section(content: dict[str, Any], path: Path, root: Path) -> list[str]:
+        rows = content["rows"]
+        names = list(dict.fromkeys(name for row in rows for name in [*row["timings"], *row["not_timed"]]))
+        first = rows[0]["ratio_to"]
+        table = _table(
+            [
+                *rows[0]["case"],
+                *(f"{name} (µs, middle half)" for name in names),
+                f"{first}: GB/s",
+                "of a copy",
+            ],
+            [
+                [
+                    *(str(value) for value in row["case"].values()),
+                    *(_microseconds(row, name) for name in names),
+                    f"{row['bytes_per_s'][first] / 1e9:.1f}",
+                    f"{row['copy_share'][first]:.0%}",
+                ]
+                for row in rows
+            ],
+        )
+        gpu = content["machine"]["kind"] == "gpu"
+        how = "Replayed from CUDA graphs." if gpu else "Not yet measured on a GPU."
+        return [f"## {title}", f"{explained} {how}", table, _origin(content, path, root)]
+
+    return section
+
+
+def _microseconds(row: dict[str, Any], name: str) -> str:
+    if name in row["timings"]:
+        return _spread(row["timings"][name], unit=1e6)
+    return "cannot be captured" if name in row["not_timed"] else ""
+
+
+def _compiled_section(content: dict[str, Any], path: Path, root: Path) -> list[str]:
+    """One line per kernel and target: the worst of its configurations."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for values in content["rows"]:
+        row = dict(zip(content["columns"], values, strict=True))
+        groups.setdefault((row["file"], row["kernel"], row["target"]), []).append(row)
+    table = _table(
+        ["kernel", "target", "compiled", "registers", "spilled (B)", "shared (B)", "atomics"],
+        [
+            [
+                f"`{kernel}`",
+                target,
+                str(len(rows)),
+                *(f"{max(row[name] for row in rows):,}" for name in ("registers", "spilled", "shared")),
+                str(max(row["atomics"] for row in rows)),
+            ]
+            for (_, kernel, target), rows in sorted(groups.items())
+        ],
+    )
+    machine = content["machine"]
+    state = " with uncommitted changes" if machine["dirty"] else ""
+    return [
+        "## Compiled kernels",
+        "Every configuration a launch can choose, compiled ahead of time for each target without a GPU: the "
+        "most registers per thread, spilled bytes per thread, shared memory per block and atomics of any.",
+        table,
+        f"Triton {content['triton']}; commit {(machine['commit'] or 'none')[:7]}{state}; "
+        f"`{path.relative_to(root).as_posix()}`.",
+    ]
 
 
 _SECTIONS = {
@@ -165,6 +247,11 @@ _SECTIONS = {
         "Soft mixture of attention",
         "One attention call over the heads of all attention experts, against a loop over the experts that "
         "computes the same. Timed in turns; medians.",
+    ),
+    "combine": _moving_section(
+        "Combining expert outputs",
+        "Gate-weighted sum of each token's rows plus the residual, in one pass, against compositions in "
+        "PyTorch. bfloat16. Timed in turns; medians.",
     ),
     "linear": _ratio_section(
         "Float32 products on the CPU",
@@ -175,5 +262,20 @@ _SECTIONS = {
         "Mixture-of-Experts layer against dense",
         "Three layers that compute the same function: dense of equal active FLOPs, dense of one expert's "
         "width, and the mixture. Timed in turns; medians; ratios to the dense layer of equal active FLOPs.",
+    ),
+    "permute": _moving_section(
+        "Moving rows to expert order and back",
+        "`gather_rows` and `scatter_rows` against `index_select`, its sum and `index_add`. bfloat16. Timed "
+        "in turns; medians.",
+    ),
+    "plan": _moving_section(
+        "Planning",
+        "`make_plan`, which also gives the schedule of tiles, against a plan by sorting. Timed in "
+        "turns; medians.",
+    ),
+    "route": _moving_section(
+        "Routing",
+        "`route_topk` from float32 logits, which also gives the load and both auxiliary losses, against "
+        "routers that give gates and experts only. Timed in turns; medians.",
     ),
 }
