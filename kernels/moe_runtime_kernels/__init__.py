@@ -2,6 +2,7 @@
 
 from .attention_mix import attention_mix
 from .combine import combine
+from .expert_choice import RouteExpertChoice, route_expert_choice
 from .expert_ffn import expert_ffn
 from .grouped_gemm import gathered_grouped_gemm, grouped_gemm
 from .permute import gather_rows, scatter_rows
@@ -9,6 +10,7 @@ from .plan import RoutingPlan, make_plan
 from .route import RouteTopK, route_topk
 
 __all__ = [
+    "RouteExpertChoice",
     "RouteTopK",
     "RoutingPlan",
     "attention_mix",
@@ -18,6 +20,7 @@ __all__ = [
     "gathered_grouped_gemm",
     "grouped_gemm",
     "make_plan",
+    "route_expert_choice",
     "route_topk",
     "scatter_rows",
 ]
