@@ -13,6 +13,7 @@ _HOME = {
     "RouterConfig": "config",
     "Block": "layers",
     "DenseFeedForward": "layers",
+    "ExpertChoiceRouter": "layers",
     "Experts": "layers",
     "MixtureOfAttention": "layers",
     "MoEFeedForward": "layers",

@@ -14,6 +14,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 Score = Literal["softmax", "sigmoid"]
 Gate = Literal["raw", "renorm", "straight_through"]
 GroupScore = Literal["top2_sum", "max"]
+BalanceOver = Literal["batch", "sequence"]
 KeyValue = Literal["expert", "shared"]
 Norm = Literal["rms_norm", "layer_norm"]
 QKNorm = Norm | None
@@ -54,6 +55,7 @@ class RouterConfig:
     groups_kept: int = 1
     group_score: GroupScore = "top2_sum"
     selection_bias: bool = False  # a per-expert bias on selection only, moved by `update_selection_bias`
+    balance_over: BalanceOver = "batch"  # sequence: the mean of the balance loss of each sequence
     aux_only: bool = (
         False  # allow K = 1 with renorm in training, though only auxiliary losses train the router
     )
@@ -63,6 +65,7 @@ class RouterConfig:
         _check_choice("score", self.score, Score)
         _check_choice("gate", self.gate, Gate)
         _check_choice("group_score", self.group_score, GroupScore)
+        _check_choice("balance_over", self.balance_over, BalanceOver)
         if self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"experts_per_token must be between 1 and num_experts ({self.num_experts}), "
@@ -244,6 +247,7 @@ class ModelConfig:
     router_groups_kept: int = 1
     router_group_score: GroupScore = "top2_sum"
     router_selection_bias: bool = False
+    router_balance_over: BalanceOver = "batch"
     router_aux_only: bool = False
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.0
@@ -349,6 +353,7 @@ class ModelConfig:
             groups_kept=self.router_groups_kept,
             group_score=self.router_group_score,
             selection_bias=self.router_selection_bias,
+            balance_over=self.router_balance_over,
             aux_only=self.router_aux_only,
         )
 

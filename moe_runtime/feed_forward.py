@@ -3,6 +3,7 @@
 Both take the residual stream, so that a block adds once.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -73,8 +74,13 @@ class MoEFeedForward(nn.Module):
             residual = shared if residual is None else residual + shared
         x_TD = x.flatten(0, -2)
         residual_TD = None if residual is None else residual.flatten(0, -2)
-        routing = self.router(x_TD, None if token_mask is None else token_mask.flatten())
+        routing = self.router(x_TD, None if token_mask is None else token_mask.flatten(), *self._sequences(x))
         # by position: a module that replaces `experts` and knows no residual must fail, not lose it
         inputs = (x_TD, routing.expert_TK, routing.weight_TK)
         y_TD = self.experts(*inputs) if residual_TD is None else self.experts(*inputs, residual_TD)
         return y_TD.view(x.shape), routing
+
+    def _sequences(self, x: Tensor) -> tuple[int, ...]:
+        """Their number, for a router that wants to know it."""
+        assert self.config.router is not None
+        return (math.prod(x.shape[:-2]),) if self.config.router.balance_over == "sequence" else ()

@@ -6,13 +6,14 @@ from moe_runtime.experts import Experts
 from moe_runtime.feed_forward import DenseFeedForward, MoEFeedForward
 from moe_runtime.losses import load_balancing_loss, mean_gate_balance_loss, z_loss
 from moe_runtime.norms import LayerNorm, RMSNorm
-from moe_runtime.routers import Routing, SoftRouter, TopKRouter
+from moe_runtime.routers import ExpertChoiceRouter, Routing, SoftRouter, TopKRouter
 
 __all__ = [
     "Block",
     "BlockOutput",
     "CausalAttention",
     "DenseFeedForward",
+    "ExpertChoiceRouter",
     "Experts",
     "LayerNorm",
     "MixtureOfAttention",

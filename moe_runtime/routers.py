@@ -1,14 +1,16 @@
 """Routers: which experts a token goes to, and with which weight. Arithmetic is float32 in every model."""
 
+import math
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from moe_runtime_kernels import route_topk
+from moe_runtime_kernels import route_expert_choice, route_topk
 from torch import Tensor, nn
 
-from moe_runtime.config import RouterConfig
+from moe_runtime.config import RouterConfig, Score
+from moe_runtime.losses import z_loss
 
 INITIAL_STD = 0.02  # never zero: equal scores would send every token to the same experts
 
@@ -45,9 +47,9 @@ class TopKRouter(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=INITIAL_STD)
 
-    def forward(self, x_TD: Tensor, token_mask_T: Tensor | None = None) -> Routing:
+    def forward(self, x_TD: Tensor, token_mask_T: Tensor | None = None, num_sequences: int = 1) -> Routing:
         """Route tokens; those whose `token_mask_T` is False are routed too, but count in no statistic and no
-        loss.
+        loss. `num_sequences` divides T and is used where `balance_over` is "sequence".
 
         Raises:
             ValueError: in training, if the gate is constant and the language-model loss could never train the
@@ -73,6 +75,7 @@ class TopKRouter(nn.Module):
             groups_kept=config.groups_kept,
             group_score=config.group_score,
             token_mask_T=token_mask_T,
+            num_sequences=num_sequences if config.balance_over == "sequence" else 1,
         )
         return Routing(logits_TE, *chosen)
 
@@ -98,6 +101,74 @@ class TopKRouter(nn.Module):
         config = self.config
         experts = f"{config.num_experts} experts, {config.experts_per_token} per token"
         return f"{experts}, {config.score}, {config.gate}"
+
+
+class ExpertChoiceRouter(nn.Module):
+    """Each expert chooses its `capacity_factor`·T / E best tokens, rounded up: every load is the same.
+
+    For the place of `MoEFeedForward.router`. `weight_TK` and `expert_TK` have K = E columns, of which a token
+    uses those of the experts that took it. `balance_loss` is always 1. Source: Zhou et al. 2022.
+
+    Args:
+        hidden_size: D.
+        num_experts: E.
+        capacity_factor: experts that take a token, on average.
+        score: gate of a taken token, "softmax" over the experts or "sigmoid".
+        causal: whether tokens are predicted from earlier ones.
+        allow_future_leak: a causal model must say that it may, because the choice depends on later tokens.
+
+    Raises:
+        ValueError: capacity_factor is not positive, or a causal model may not see later tokens.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        capacity_factor: float = 2.0,
+        score: Score = "softmax",
+        causal: bool = True,
+        allow_future_leak: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 < capacity_factor <= num_experts:
+            raise ValueError(
+                f"capacity_factor must be above 0 and at most num_experts ({num_experts}), "
+                f"got {capacity_factor}"
+            )
+        if causal and not allow_future_leak:
+            raise ValueError(
+                "allow_future_leak must be True in a causal model, got False: whether an expert takes a "
+                "token depends on later tokens; use TopKRouter, or causal=False in an encoder"
+            )
+        self.capacity_factor = capacity_factor
+        self.score = score
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=INITIAL_STD)
+
+    def forward(self, x_TD: Tensor, token_mask_T: Tensor | None = None) -> Routing:
+        """Let the experts choose among the tokens; those whose `token_mask_T` is False are never chosen, but
+        count in T.
+        """
+        logits_TE = _float32_logits(x_TD, self.weight)
+        T, E = logits_TE.shape
+        tokens_per_expert = max(1, math.ceil(self.capacity_factor * T / E))
+        chosen = route_expert_choice(
+            logits_TE,
+            tokens_per_expert,
+            score=self.score,
+            token_mask_T=token_mask_T,
+            allow_future_leak=True,  # asked for when this was made
+        )
+        balance_loss = logits_TE.new_ones(())
+        return Routing(logits_TE, *chosen, balance_loss, z_loss(logits_TE, token_mask_T))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]} experts, capacity_factor={self.capacity_factor}, {self.score}"
 
 
 class SoftRouter(nn.Module):

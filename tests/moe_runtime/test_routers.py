@@ -4,9 +4,10 @@ import pytest
 import torch
 from tiny_models import randn
 
-from moe_runtime.config import RouterConfig
+from moe_runtime.config import FeedForwardConfig, ModelConfig, RouterConfig
+from moe_runtime.feed_forward import MoEFeedForward
 from moe_runtime.losses import load_balancing_loss, z_loss
-from moe_runtime.routers import INITIAL_STD, SoftRouter, TopKRouter
+from moe_runtime.routers import INITIAL_STD, ExpertChoiceRouter, SoftRouter, TopKRouter
 
 D, E, T = 16, 6, 29
 
@@ -145,8 +146,73 @@ def test_groups_limit_the_choice():
     assert (routing.expert_TK[:, 0] // 2 == routing.expert_TK[:, 1] // 2).all()
 
 
+class TestBalanceOverSequences:
+    def test_is_the_mean_over_the_sequences_of_a_layer(self):
+        x_BLD = randn(3, 9, D)
+        layers = [
+            MoEFeedForward(
+                FeedForwardConfig(hidden_size=D, intermediate_size=4, router=router(balance_over=over).config)
+            )
+            for over in ("batch", "sequence")
+        ]
+        layers[1].load_state_dict(layers[0].state_dict())
+        batch, sequence = (layer(x_BLD)[1] for layer in layers)
+        alone = [layers[0](x_D[None])[1].balance_loss.item() for x_D in x_BLD]
+        assert sequence.balance_loss.item() == pytest.approx(sum(alone) / 3, rel=1e-5)
+        assert abs(batch.balance_loss - sequence.balance_loss) > 1e-3
+        assert torch.equal(batch.count_E, sequence.count_E)
+        flat = layers[1](x_BLD[0])[1].balance_loss  # no axis of sequences: one
+        assert flat.item() == pytest.approx(alone[0], rel=1e-5)
+
+    def test_is_a_field_of_the_model(self):
+        sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+        heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
+        experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 4}
+        config = ModelConfig(**sizes, **heads, **experts, router_balance_over="sequence")
+        assert config.router_config().balance_over == "sequence"
+
+    def test_of_something_else_raises(self):
+        with pytest.raises(ValueError, match="balance_over must be one of 'batch', 'sequence', got 'token'"):
+            router(balance_over="token")
+
+
+class TestExpertChoice:
+    def test_all_loads_are_the_capacity(self):
+        layer = ExpertChoiceRouter(D, E, capacity_factor=1.5, causal=False)
+        routing = layer(randn(T, D))
+        assert routing.count_E.tolist() == [8] * E  # 1.5 * 29 / 6, rounded up
+        assert routing.weight_TK.shape == routing.expert_TK.shape == (T, E)
+        assert routing.z_loss.item() == pytest.approx(z_loss(routing.logits_TE).item())
+        assert routing.balance_loss == 1
+
+    def test_serves_a_layer(self):
+        config = FeedForwardConfig(hidden_size=D, intermediate_size=4, router=router().config)
+        layer, x_BLD = MoEFeedForward(config), randn(2, 9, D)
+        layer.router = ExpertChoiceRouter(D, E, causal=False)
+        mask_BL = torch.ones(2, 9, dtype=torch.bool)
+        mask_BL[0, :3] = False
+        y_BLD, routing = layer(x_BLD, token_mask=mask_BL)
+        assert not y_BLD[0, :3].any()  # padding is taken by no expert
+        assert routing.count_E.tolist() == [6] * E
+        y_BLD.square().sum().backward()
+        assert layer.router.weight.grad.abs().max() > 0
+
+    def test_is_refused_in_a_causal_model(self):
+        with pytest.raises(ValueError, match="allow_future_leak must be True in a causal model, got False"):
+            ExpertChoiceRouter(D, E)
+        ExpertChoiceRouter(D, E, allow_future_leak=True)
+
+    @pytest.mark.parametrize("factor", [0.0, 6.5])
+    def test_impossible_capacity_raises(self, factor):
+        with pytest.raises(
+            ValueError, match=rf"capacity_factor must be above 0 and at most num_experts \(6\), got {factor}"
+        ):
+            ExpertChoiceRouter(D, E, capacity_factor=factor, causal=False)
+
+
 def test_weights_are_never_zero_at_first():
     for layer in (
+        ExpertChoiceRouter(256, 64, causal=False),
         TopKRouter(RouterConfig(hidden_size=256, num_experts=64, experts_per_token=2)),
         SoftRouter(256, 64),
     ):
