@@ -4,7 +4,7 @@ VENV ?= .venv
 READY = $(VENV)/.ready
 BIN = $(VENV)/bin
 
-.PHONY: test check demo bench clean
+.PHONY: test check demo bench gpu clean
 
 $(READY): requirements/install.sh $(wildcard requirements/*.txt) setup.py
 	PYTHON=$(PYTHON) bash requirements/install.sh $(VENV)
@@ -24,6 +24,10 @@ demo: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks run
+
+# everything that needs a GPU, in ten minutes; without one it says so
+gpu: $(READY)
+	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.gpu_round
 
 clean:
 	rm -rf $(VENV) .cache runs build
