@@ -15,9 +15,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return super().forward(x)
-        operands = (x, self.weight, self.bias)
-        differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-        if differentiable or torch.is_autocast_enabled(x.device.type) or not onednn_takes(x, self.weight):
+        trains_bias = torch.is_grad_enabled() and self.bias is not None and self.bias.requires_grad
+        if trains_bias or torch.is_autocast_enabled(x.device.type) or not onednn_takes(x, self.weight):
             return super().forward(x)
         return onednn_product(x, self.weight, self.bias)
 

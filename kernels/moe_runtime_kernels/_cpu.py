@@ -22,7 +22,7 @@ ONEDNN_IS_FASTER = _onednn_is_faster()
 
 
 def onednn_takes(x: Tensor, weight_OI: Tensor) -> bool:
-    """Whether `onednn_product` is right and faster for these operands.
+    """Whether `onednn_product` is right and faster for these operands; it has no gradient.
 
     Rows further apart than their width would take oneDNN's slow general path. Setting
     `torch.backends.mkldnn.enabled` to False switches it off.
@@ -34,6 +34,7 @@ def onednn_takes(x: Tensor, weight_OI: Tensor) -> bool:
         and torch.backends.mkldnn.enabled
         and x.is_contiguous()
         and (weight_OI.is_contiguous() or weight_OI.t().is_contiguous())
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad))
         and x.numel() > 0
         and weight_OI.numel() > 0
     )
@@ -46,6 +47,7 @@ def onednn_product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -
 
 def product(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias on any device, in x's dtype."""
-    if onednn_takes(x_MI, weight_OI):
+    trains_bias = torch.is_grad_enabled() and bias_O is not None and bias_O.requires_grad
+    if onednn_takes(x_MI, weight_OI) and not trains_bias:
         return onednn_product(x_MI, weight_OI, bias_O)
     return torch.nn.functional.linear(x_MI, weight_OI, bias_O)

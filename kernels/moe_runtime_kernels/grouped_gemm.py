@@ -19,21 +19,23 @@ from torch import Tensor
 
 from ._checks import FLOATS, check_dims, check_dtype, check_same, check_shape
 from ._cpu import product
-from ._dispatch import accumulator, cast_for_autocast, register_reference
+from ._dispatch import accumulator, cast_for_autocast, register_kernel, register_reference
 from .permute import gather_rows_reference, scatter_rows_op
 from .plan import RoutingPlan, check_plan
 
 # --- contract: schema and output shape, known before any graph is captured --------------
 
 torch.library.define(
-    "moe_runtime::grouped_gemm", "(Tensor x, Tensor weight, Tensor offset, Tensor? bias) -> Tensor"
+    "moe_runtime::grouped_gemm",
+    "(Tensor x, Tensor weight, Tensor offset, Tensor tile_end, Tensor? bias) -> Tensor",
 )
 torch.library.define(
     "moe_runtime::gathered_grouped_gemm",
-    "(Tensor x, Tensor weight, Tensor token, Tensor offset, Tensor? bias) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor token, Tensor offset, Tensor tile_end, Tensor? bias) -> Tensor",
 )
 torch.library.define(
-    "moe_runtime::grouped_gemm_input_grad", "(Tensor grad_out, Tensor weight, Tensor offset) -> Tensor"
+    "moe_runtime::grouped_gemm_input_grad",
+    "(Tensor grad_out, Tensor weight, Tensor offset, Tensor tile_end) -> Tensor",
 )
 torch.library.define(
     "moe_runtime::grouped_gemm_weight_grad", "(Tensor grad_out, Tensor x, Tensor offset) -> Tensor"
@@ -52,17 +54,17 @@ _bias_grad = torch.ops.moe_runtime.grouped_gemm_bias_grad.default
 
 
 @torch.library.register_fake("moe_runtime::grouped_gemm")
-def _(x, weight, offset, bias):
+def _(x, weight, offset, tile_end, bias):
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
 @torch.library.register_fake("moe_runtime::gathered_grouped_gemm")
-def _(x, weight, token, offset, bias):
+def _(x, weight, token, offset, tile_end, bias):
     return x.new_empty(token.shape[0], weight.shape[1])
 
 
 @torch.library.register_fake("moe_runtime::grouped_gemm_input_grad")
-def _(grad_out, weight, offset):
+def _(grad_out, weight, offset, tile_end):
     return grad_out.new_empty(grad_out.shape[0], weight.shape[2])
 
 
@@ -90,7 +92,6 @@ def expert_slices(offset_E: Tensor) -> list[tuple[int, slice]]:
     return [(e, slice(s, end)) for e, (s, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > s]
 
 
-@register_reference("moe_runtime::grouped_gemm")
 def grouped_gemm_reference(
     x_NI: Tensor, weight_EOI: Tensor, offset_E: Tensor, bias_EO: Tensor | None = None
 ) -> Tensor:
@@ -105,14 +106,12 @@ def grouped_gemm_reference(
     return torch.cat(parts)
 
 
-@register_reference("moe_runtime::gathered_grouped_gemm")
 def gathered_grouped_gemm_reference(
     x_TI: Tensor, weight_EOI: Tensor, token_N: Tensor, offset_E: Tensor, bias_EO: Tensor | None = None
 ) -> Tensor:
     return grouped_gemm_reference(gather_rows_reference(x_TI, token_N), weight_EOI, offset_E, bias_EO)
 
 
-@register_reference("moe_runtime::grouped_gemm_input_grad")
 def input_grad_reference(grad_NO: Tensor, weight_EOI: Tensor, offset_E: Tensor) -> Tensor:
     return grouped_gemm_reference(grad_NO, weight_EOI.transpose(1, 2), offset_E)
 
@@ -142,47 +141,78 @@ def bias_grad_reference(grad_NO: Tensor, offset_E: Tensor) -> Tensor:
     return dbias_EO.to(grad_NO.dtype)
 
 
+# the schedule of the tiles is for kernels; the references loop over experts
+
+
+@register_reference("moe_runtime::grouped_gemm")
+def _(x, weight, offset, tile_end, bias):
+    return grouped_gemm_reference(x, weight, offset, bias)
+
+
+@register_reference("moe_runtime::gathered_grouped_gemm")
+def _(x, weight, token, offset, tile_end, bias):
+    return gathered_grouped_gemm_reference(x, weight, token, offset, bias)
+
+
+@register_reference("moe_runtime::grouped_gemm_input_grad")
+def _(grad_out, weight, offset, tile_end):
+    return input_grad_reference(grad_out, weight, offset)
+
+
+# --- GPU: Triton is imported by the first launch, never by `import` ---------------------
+
+register_kernel("moe_runtime::grouped_gemm", "grouped_gemm", "launch_grouped_gemm")
+register_kernel("moe_runtime::gathered_grouped_gemm", "grouped_gemm", "launch_gathered_grouped_gemm")
+register_kernel("moe_runtime::grouped_gemm_input_grad", "grouped_gemm", "launch_input_grad")
+register_kernel("moe_runtime::grouped_gemm_weight_grad", "grouped_wgrad", "launch_weight_grad")
+register_kernel(
+    "moe_runtime::gathered_grouped_gemm_weight_grad", "grouped_wgrad", "launch_gathered_weight_grad"
+)
+register_kernel("moe_runtime::grouped_gemm_bias_grad", "grouped_wgrad", "launch_bias_grad")
+
+
 # --- autograd and the public functions --------------------------------------------------
 
 
 class _GroupedGemm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, offset)
-        return _grouped_gemm(x, weight, offset, bias)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor, tile_end: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, offset, tile_end)
+        return _grouped_gemm(x, weight, offset, tile_end, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, offset = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        x, weight, offset, tile_end = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_out = grad_out.contiguous()
-        dx = _input_grad(grad_out, weight, offset) if needs_x else None
+        dx = _input_grad(grad_out, weight, offset, tile_end) if needs_x else None
         dweight = _weight_grad(grad_out, x, offset) if needs_weight else None
         dbias = _bias_grad(grad_out, offset) if needs_bias else None
-        return dx, dweight, dbias, None
+        return dx, dweight, dbias, None, None
 
 
 class _GatheredGroupedGemm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor, token: Tensor, offset: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, row, token, offset)
-        return _gathered_grouped_gemm(x, weight, token, offset, bias)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *plan: Tensor) -> Tensor:
+        row, token, offset, tile_end = plan
+        ctx.save_for_backward(x, weight, row, token, offset, tile_end)
+        return _gathered_grouped_gemm(x, weight, token, offset, tile_end, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, row, token, offset = ctx.saved_tensors
+        x, weight, row, token, offset, tile_end = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_out = grad_out.contiguous()
         dx = None
         if needs_x:
-            dx = scatter_rows_op(_input_grad(grad_out, weight, offset), row)
+            dx = scatter_rows_op(_input_grad(grad_out, weight, offset, tile_end), row)
         dweight = _gathered_weight_grad(grad_out, x, token, offset) if needs_weight else None
         dbias = _bias_grad(grad_out, offset) if needs_bias else None
-        return dx, dweight, dbias, None, None, None
+        return dx, dweight, dbias, None, None, None, None
 
 
 def grouped_gemm(
@@ -205,7 +235,7 @@ def grouped_gemm(
     x_NI, weight_EOI, bias_EO = _checked("grouped_gemm", x_NI, weight_EOI, plan, bias_EO)
     T, K = plan.row_TK.shape
     check_shape("grouped_gemm", "x", x_NI, (T * K, weight_EOI.shape[2]), "(T*K, I)")
-    return _GroupedGemm.apply(x_NI, weight_EOI, bias_EO, plan.offset_E)
+    return _GroupedGemm.apply(x_NI, weight_EOI, bias_EO, plan.offset_E, plan.tile_end_ME)
 
 
 def gathered_grouped_gemm(
@@ -227,7 +257,9 @@ def gathered_grouped_gemm(
     """
     x_TI, weight_EOI, bias_EO = _checked("gathered_grouped_gemm", x_TI, weight_EOI, plan, bias_EO)
     check_shape("gathered_grouped_gemm", "x", x_TI, (plan.row_TK.shape[0], weight_EOI.shape[2]), "(T, I)")
-    return _GatheredGroupedGemm.apply(x_TI, weight_EOI, bias_EO, plan.row_TK, plan.token_N, plan.offset_E)
+    return _GatheredGroupedGemm.apply(
+        x_TI, weight_EOI, bias_EO, plan.row_TK, plan.token_N, plan.offset_E, plan.tile_end_ME
+    )
 
 
 def _checked(

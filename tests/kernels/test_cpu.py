@@ -49,3 +49,12 @@ def test_pytorchs_switch_for_onednn_is_obeyed(monkeypatch):
 def test_another_processor_keeps_pytorchs_product(monkeypatch):
     monkeypatch.setattr(_cpu, "ONEDNN_IS_FASTER", False)
     assert not _cpu.onednn_takes(torch.randn(8, 16), torch.randn(4, 16))
+
+
+def test_what_has_a_gradient_stays_with_pytorch():
+    x_MI, weight_OI, bias_O = torch.randn(8, 16), torch.randn(4, 16), torch.randn(4)
+    for leaf in (x_MI, weight_OI, bias_O):
+        leaf.requires_grad_()
+        (grad,) = torch.autograd.grad(_cpu.product(x_MI, weight_OI, bias_O).sum(), leaf)
+        assert grad.shape == leaf.shape
+        leaf.requires_grad_(False)

@@ -135,12 +135,12 @@ def test_grouped_gemm_refuses_bad_input(fn):
 def test_grouped_gemm_registration():
     plan = make_plan(choose(PATTERNS[-1].values[0], "cpu"), 6)
     x, x_TI, weight, bias = torch.randn(123, 4), torch.randn(41, 4), torch.randn(6, 5, 4), torch.randn(6, 5)
-    grad, token, offset = torch.randn(123, 5), plan.token_N, plan.offset_E
+    grad, token, offset, tile_end = torch.randn(123, 5), plan.token_N, plan.offset_E, plan.tile_end_ME
     ops = torch.ops.moe_runtime
-    torch.library.opcheck(ops.grouped_gemm.default, (x, weight, offset, None))
-    torch.library.opcheck(ops.grouped_gemm.default, (x, weight, offset, bias))
-    torch.library.opcheck(ops.gathered_grouped_gemm.default, (x_TI, weight, token, offset, bias))
-    torch.library.opcheck(ops.grouped_gemm_input_grad.default, (grad, weight, offset))
+    torch.library.opcheck(ops.grouped_gemm.default, (x, weight, offset, tile_end, None))
+    torch.library.opcheck(ops.grouped_gemm.default, (x, weight, offset, tile_end, bias))
+    torch.library.opcheck(ops.gathered_grouped_gemm.default, (x_TI, weight, token, offset, tile_end, bias))
+    torch.library.opcheck(ops.grouped_gemm_input_grad.default, (grad, weight, offset, tile_end))
     torch.library.opcheck(ops.grouped_gemm_weight_grad.default, (grad, x, offset))
     torch.library.opcheck(ops.gathered_grouped_gemm_weight_grad.default, (grad, x_TI, token, offset))
     torch.library.opcheck(ops.grouped_gemm_bias_grad.default, (grad, offset))

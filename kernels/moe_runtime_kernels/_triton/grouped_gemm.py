@@ -146,10 +146,10 @@ def choose_launch(itemsize: int, N: int, E: int, *, aligned: bool, family: str) 
             block_k=32,
             swapped=itemsize == 2 and block_m < 64,
             group=8,
-            options=Options(num_warps=4, num_stages=2),
+            options=Options(num_warps=4, num_stages=2 if aligned else 1),
         )
     wide = block_m == TILE_HEIGHTS[-1] and family in ("cuda90", "cuda100")
-    stages = 2 if family == "hip" else 3 if block_m >= 64 else 4
+    stages = 2 if family == "hip" else 3 if block_m >= 64 or family == "cuda100" else 4
     return GroupedLaunch(
         block_m=block_m,
         block_n=256 if wide else 128,
