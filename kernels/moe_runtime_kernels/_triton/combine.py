@@ -77,7 +77,6 @@ def _combine_backward_kernel(
     row = tl.load(row_ptr + slot, mask=k < K, other=-1).to(tl.int64)  # [CHOICES]
     weight = tl.load(weight_ptr + slot, mask=k < K, other=0.0).to(ACC)  # [CHOICES]
     left_over = tl.load(token_ptr + slot, mask=k < K, other=0) < 0  # [CHOICES]
-    any_left_over = tl.sum(left_over.to(tl.int32), 0) > 0
     dot = tl.zeros([CHOICES, COLUMNS], dtype=ACC)
     start = 0
     while start < D:
@@ -89,10 +88,15 @@ def _combine_backward_kernel(
         dot += grad[None, :] * tl.load(y_ptr + offset, mask=kept, other=0.0).to(ACC)  # [CHOICES, COLUMNS]
         dy = (weight[:, None] * grad[None, :]).to(dy_ptr.dtype.element_ty)
         tl.store(dy_ptr + offset, dy, mask=kept)
-        if any_left_over:
-            unused = left_over[:, None] & (d < D)[None, :]
-            tl.store(dy_ptr + (slot[:, None] * D + d[None, :]), tl.zeros_like(dy), mask=unused)
         start += COLUMNS
+    if tl.sum(left_over.to(tl.int32), 0) > 0:
+        start = 0
+        while start < D:
+            d = tl.multiple_of(start, COLUMNS) + tl.arange(0, COLUMNS)
+            zeros = tl.zeros([CHOICES, COLUMNS], dtype=dy_ptr.dtype.element_ty)
+            unused = left_over[:, None] & (d < D)[None, :]
+            tl.store(dy_ptr + (slot[:, None] * D + d[None, :]), zeros, mask=unused)
+            start += COLUMNS
     allow_next_kernel(PDL)
     dweight = tl.where(row >= 0, tl.sum(dot, 1), 0.0)
     tl.store(dweight_ptr + slot, dweight.to(dweight_ptr.dtype.element_ty), mask=k < K)
@@ -111,9 +115,13 @@ class BackwardLaunch:
 
 
 def choose_backward_launch(D: int, itemsize: int, K: int) -> BackwardLaunch:
-    """8 KB of a token's rows at a time, no more than 2 KB of each. Not yet measured on a GPU."""
+    """8 KB of a token's rows at a time, no more than 2 KB of each. Not measured on a GPU yet.
+
+    4 KB of more than 8 rows: AMD's scalar registers would not hold the masks of more.
+    """
     choices = triton.next_power_of_2(K)
-    widest = max(min(8192 // choices, 2048) // itemsize, 16)
+    step_bytes = 8192 if choices <= 8 else 4096
+    widest = max(min(step_bytes // choices, 2048) // itemsize, 16)
     columns = min(max(triton.next_power_of_2(D), 512 // itemsize), widest)
     return BackwardLaunch(choices=choices, columns=columns, options=Options(num_warps=4))
 

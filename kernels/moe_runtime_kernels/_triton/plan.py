@@ -179,7 +179,7 @@ def _scan_kernel(
     PDL: tl.constexpr,
 ):
     """Grid (cdiv(E, SCAN_EXPERTS),): choices of each expert before each tile [tiles, E], in all tiles [E]."""
-    e = tl.program_id(0) * SCAN_EXPERTS + tl.arange(0, SCAN_EXPERTS)
+    e = tl.program_id(0).to(tl.int64) * SCAN_EXPERTS + tl.arange(0, SCAN_EXPERTS)
     total = tl.zeros([SCAN_EXPERTS], dtype=tl.int32)
     wait_for_inputs(PDL)
     start = 0
