@@ -195,7 +195,7 @@ def _route_kernel(
         elif SCORE == "softmax":
             # not score / sum: the scores of all chosen experts may have underflowed
             best = tl.max(tl.where(chosen, logits, float("-inf")), 1)
-            gate = tl.where(chosen, tl.exp(logits - best[:, None]), 0.0)
+            gate = tl.exp(tl.where(chosen, logits - best[:, None], float("-inf")))
             gate = _divide(gate, tl.sum(gate, 1)[:, None])
         else:
             gate = _divide(score, tl.sum(tl.where(chosen, score, 0.0), 1)[:, None] + TINY)
@@ -386,7 +386,7 @@ def _route_backward_kernel(
     g = tl.zeros([ROWS, BLOCK_E], dtype=acc)
     chosen = tl.zeros([ROWS, BLOCK_E], dtype=tl.int32)
     for k in range(K):
-        expert = tl.load(expert_ptr + t * K + k, mask=in_t, other=-1)  # [ROWS]
+        expert = tl.load(expert_ptr + t * K + k, mask=in_t, other=0)  # [ROWS]
         dweight = tl.load(dweight_ptr + t * K + k, mask=in_t, other=0.0)  # [ROWS]
         hit = e[None, :] == expert[:, None]
         g = tl.where(hit, SCALE * dweight[:, None], g)
@@ -420,7 +420,7 @@ def _route_backward_kernel(
         if GATE == "renorm":
             # the gates are a softmax of their own over the chosen logits
             best = tl.max(tl.where(chosen != 0, logits, float("-inf")), 1)
-            weight = tl.where(chosen != 0, tl.exp(logits - best[:, None]), 0.0)
+            weight = tl.exp(tl.where(chosen != 0, logits - best[:, None], float("-inf")))
             weight = _divide(weight, tl.sum(weight, 1)[:, None])
             dlogits += weight * (g - tl.sum(weight * g, 1)[:, None])
             ds = dprob
@@ -525,7 +525,7 @@ def choose_launch(T: int, num_sequences: int, E: int, num_groups: int = 1) -> Ro
 def choose_backward_launch(T: int, E: int) -> BackwardLaunch:
     """Small tiles: nothing is added up across rows. Not yet measured on a GPU."""
     block = max(2, triton.next_power_of_2(E))
-    rows, options = _tile(block, 8 if T > 512 else 1, 256)
+    rows, options = _tile(block, 8 if T >= 64 else 1, 256)
     return BackwardLaunch(rows=rows, block=block, options=options)
 
 
