@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._checks import FLOATS, check_device, check_dims, check_dtype, check_same, check_shape
 from ._cpu import product
-from ._dispatch import accumulator, cast_for_autocast, register_reference
+from ._dispatch import accumulator, cast_for_autocast, register_kernel, register_reference
 
 # --- contract: schema and output shape, known before any graph is captured --------------
 
@@ -81,6 +81,12 @@ def attention_mix_backward_reference(
     if needs[2]:
         dweight = grad_TD.t() @ _gated(o_TSAQ, gate_TA).flatten(1)
     return do, dgate, dweight
+
+
+# --- GPU: Triton is imported by the first launch, never by `import` ---------------------
+
+register_kernel("moe_runtime::attention_mix", "attention_mix", "launch_attention_mix")
+register_kernel("moe_runtime::attention_mix_backward", "attention_mix", "launch_attention_mix_backward")
 
 
 # --- autograd and the public function ---------------------------------------------------
