@@ -5,7 +5,8 @@
 rule is about what an offset is made of, so that a kernel can be checked without tensors of that size:
 
 - in 32 bits, nothing may be multiplied but by a constant, a loaded index not even that, nothing twice;
-- a program id that was multiplied in 32 bits must be made 64-bit before it becomes an offset.
+- a program id that was multiplied in 32 bits must be made 64-bit before it becomes an offset;
+- what something is divided by may be any product: numbers of blocks, whose product is at most the grid.
 """
 
 import re
@@ -108,10 +109,8 @@ class _Reader:
             return _SOURCES[name]
         if name in ("arith.muli", "arith.shli") and bits and int(bits[-1]) <= 32:
             return _product(operands)
-        if name == "arith.remsi" and not operands[1].facts & {PROGRAM_ID, LOADED}:
-            return _Value(joined.facts & {OVERFLOW})  # below a size, whatever was divided
-        if name == "arith.divsi":
-            return _Value(operands[0].facts | (joined.facts & {OVERFLOW}))
+        if name in ("arith.divsi", "arith.remsi"):
+            return _quotient(name, *operands)
         if name in ("arith.extsi", "arith.extui"):
             return _Value(joined.facts - {SCALED}, operands[0].constant)
         keeps_constants = name in ("tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape")
@@ -175,6 +174,13 @@ def _product(operands: list[_Value]) -> _Value:
     if facts & {SCALED, LOADED} or not any(operand.constant for operand in operands):
         return _Value(facts | {OVERFLOW})
     return _Value(facts | {SCALED} if PROGRAM_ID in facts else facts)
+
+
+def _quotient(name: str, value: _Value, divisor: _Value) -> _Value:
+    """A program id is divided by numbers of blocks; their product is at most the grid, which fits 32 bits."""
+    if name == "arith.remsi" and not divisor.facts & {PROGRAM_ID, LOADED}:
+        return _Value(value.facts & {OVERFLOW})  # below a size, whatever was divided
+    return _Value(value.facts)
 
 
 def _source_lines(ttir: str) -> dict[str, str]:

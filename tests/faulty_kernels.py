@@ -23,7 +23,7 @@ def _faultless_kernel(x_ptr, row_ptr, out_ptr, D, BLOCK: tl.constexpr, PDL: tl.c
         d = start + tl.arange(0, BLOCK)
         total += tl.load(x_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
         start += BLOCK
-    column_block = t % tl.cdiv(D, BLOCK)
+    column_block = t % (tl.cdiv(D, BLOCK) * D) % tl.cdiv(D, BLOCK)
     allow_next_kernel(PDL)
     tl.store(out_ptr + t.to(tl.int64) * BLOCK + column_block * BLOCK + tl.arange(0, BLOCK), total)
 
