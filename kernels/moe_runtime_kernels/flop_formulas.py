@@ -33,7 +33,7 @@ def _gathered_grouped_gemm(x: Shape, weight: Shape, token: Shape, *rest: Any, ou
     return 2 * token[0] * weight[1] * weight[2]
 
 
-def _input_grad(grad_out: Shape, weight: Shape, offset: Shape, *, out_shape: Any = None) -> int:
+def _input_grad(grad_out: Shape, weight: Shape, *rest: Any, out_shape: Any = None) -> int:
     N, O = grad_out
     return 2 * N * O * weight[2]
 
