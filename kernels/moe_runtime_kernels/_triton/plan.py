@@ -123,6 +123,8 @@ def _single_tile_kernel(
     count = tl.histogram(group, EXPERTS, mask=is_kept)
     first_row = tl.gather(tl.cumsum(count, 0) - count, group, 0)
     kept = tl.sum(count, 0)
+    # before the ranks, so that the counts and they need not be in registers at once
+    _write_schedule(count, offset_ptr, tile_end_ptr, E, EXPERTS, HEIGHT, NUM_HEIGHTS)
     _write_rows(
         expert_ptr,
         expert,
@@ -141,7 +143,6 @@ def _single_tile_kernel(
         STEP,
     )
     allow_next_kernel(PDL)
-    _write_schedule(count, offset_ptr, tile_end_ptr, E, EXPERTS, HEIGHT, NUM_HEIGHTS)
 
 
 @triton.jit
