@@ -17,6 +17,7 @@ from .launch import (
     FAMILIES,
     Compilation,
     Options,
+    aligned_to_16,
     allow_next_kernel,
     check_16_or_32_bits,
     device_family,
@@ -132,7 +133,7 @@ def choose_launch(itemsize: int, N: int, E: int, *, aligned: bool, family: str) 
     Args:
         itemsize: bytes of an element, 2 or 4.
         N: rows of E experts together.
-        aligned: both widths of a matrix are multiples of 16; others are loaded element by element.
+        aligned: rows start where 16 bytes can be loaded at once; others are loaded element by element.
         family: of `device_family`.
     """
     wanted = triton.next_power_of_2(max(1, triton.cdiv(N, E)))
@@ -183,7 +184,7 @@ def grouped_product(
     y = x.new_empty(N, O)
     if y.numel() == 0:
         return y
-    aligned = I % 16 == 0 and O % 16 == 0
+    aligned = aligned_to_16((I, O), x, weight)
     launch = choose_launch(x.itemsize, N, E, aligned=aligned, family=device_family(x.device))
     # one more group than experts: the rows left over
     num_tiles = tile_bound(N, E + 1, launch.block_m)
@@ -283,5 +284,5 @@ def _compilation(
         },
         options=replace(launch.options, pdl=pdl),
         families=families,
-        divisible=() if widths == "odd" else ("I", "O"),
+        divisible=() if widths == "odd" else ("I", "O", "x_ptr", "weight_ptr", "y_ptr"),
     )

@@ -15,6 +15,7 @@ from .launch import (
     FAMILIES,
     Compilation,
     Options,
+    aligned_to_16,
     allow_next_kernel,
     check_16_or_32_bits,
     device_family,
@@ -133,7 +134,7 @@ def choose_launch(itemsize: int, *, aligned: bool, family: str) -> WeightGradLau
 
     Args:
         itemsize: bytes of an element, 2 or 4.
-        aligned: both widths of a matrix are multiples of 16; others are loaded element by element.
+        aligned: rows start where 16 bytes can be loaded at once; others are loaded element by element.
         family: of `device_family`.
     """
     if itemsize == 4 or not aligned:
@@ -174,7 +175,7 @@ def grouped_weight_grad(
     dweight = x.new_empty(E, O, I)
     if dweight.numel() == 0:
         return dweight
-    aligned = I % 16 == 0 and O % 16 == 0
+    aligned = aligned_to_16((I, O), grad, x)
     launch = choose_launch(x.itemsize, aligned=aligned, family=device_family(x.device))
     blocks = triton.cdiv(O, launch.block_o) * triton.cdiv(I, launch.block_i)
     _weight_grad_kernel[(E * blocks,)](
@@ -297,7 +298,7 @@ def _weight_compilation(
         },
         options=replace(launch.options, pdl=pdl),
         families=families,
-        divisible=("O", "I") if aligned else (),
+        divisible=("O", "I", "grad_ptr", "x_ptr", "dweight_ptr") if aligned else (),
     )
 
 

@@ -23,6 +23,11 @@ def device_family(device: torch.device) -> str:
     return {9: "cuda90", 10: "cuda100"}.get(major, "cuda80")
 
 
+def aligned_to_16(widths: tuple[int, ...], *tensors: Tensor) -> bool:
+    """Whether rows of these widths, and the tensors themselves, start at multiples of 16 bytes or more."""
+    return all(width % 16 == 0 for width in widths) and all(x.data_ptr() % 16 == 0 for x in tensors)
+
+
 def check_16_or_32_bits(op: str, x: Tensor) -> None:
     """Products of float64 have a reference only."""
     if x.dtype == torch.float64:
@@ -71,7 +76,7 @@ class Compilation:
         signature: Triton type of each run-time argument, e.g. "*bf16" or "i32", in the kernel's order.
         constexprs: value of each compile-time argument except PDL, which `options` knows.
         families: of the devices that it is launched on.
-        divisible: integer arguments that are multiples of 16 whenever it is launched.
+        divisible: arguments that are multiples of 16 whenever it is launched, pointers included.
     """
 
     kernel: Any
