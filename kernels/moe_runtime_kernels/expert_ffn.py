@@ -40,8 +40,8 @@ from .plan import RoutingPlan, check_plan
 torch.library.define(
     "moe_runtime::expert_ffn",
     "(Tensor x, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, Tensor weight,"
-    " Tensor? residual, Tensor row, Tensor token, Tensor slot, Tensor offset, Tensor tile_end, str activation,"
-    " bool keep_h) -> (Tensor y, Tensor h)",
+    " Tensor? residual, Tensor row, Tensor token, Tensor slot, Tensor offset, Tensor tile_end,"
+    " str activation, bool keep_h) -> (Tensor y, Tensor h)",
 )
 # `needs` says which of the six gradients are wanted; one that is not has 0 elements
 torch.library.define(

@@ -1,0 +1,67 @@
+"""The expert layer: its definition, its inputs, and the operation as a function of them."""
+
+import torch
+import torch.nn.functional as functional
+from inputs import normal
+from moe_runtime_kernels import expert_ffn
+
+D, F = 72, 50
+ACTIVATIONS = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda h: functional.gelu(h, approximate="tanh"),
+    "relu": functional.relu,
+    "relu2": lambda h: functional.relu(h).square(),
+}
+NAMES = ("x", "gate_up", "down", "weight", "gate_up_bias", "down_bias", "residual")
+
+
+def dense_experts(expert_TK, activation, x, gate_up, down, weight, **optional):
+    """Every token through every expert, an ordinary FFN; each token sums the K outputs it chose, weighted."""
+    F, dtype = down.shape[2], x.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    gate_up_bias, down_bias = optional.get("gate_up_bias"), optional.get("down_bias")
+    residual = optional.get("residual")
+    total = torch.zeros_like(x, dtype=wide)
+    for e, (up_matrix, down_matrix) in enumerate(zip(gate_up.unbind(0), down.unbind(0), strict=True)):
+        h = functional.linear(x, up_matrix, None if gate_up_bias is None else gate_up_bias[e]).to(wide)
+        gate = ACTIVATIONS[activation](h[:, :F])
+        a = (gate if h.shape[1] == F else gate * h[:, F:]).to(dtype)
+        y = functional.linear(a, down_matrix, None if down_bias is None else down_bias[e])
+        total = total + (weight.to(wide) * (expert_TK == e)).sum(1, keepdim=True) * y.to(wide)
+    return total.to(dtype) if residual is None else (total + residual.to(wide)).to(residual.dtype)
+
+
+def make_inputs(routing, dtype, gated=True, optional=(), draw=0, D=D, F=F):
+    """Inputs and upstream gradient; `optional` are NAMES from gate_up_bias on."""
+    T, K, E, _ = routing
+    G = 2 * F if gated else F
+    inputs = {
+        "x": normal(T, D, dtype=dtype, seed=draw),
+        "gate_up": normal(E, G, D, dtype=dtype, scale=D**-0.5, seed=100 + draw),
+        "down": normal(E, D, F, dtype=dtype, scale=F**-0.5, seed=200 + draw),
+        "weight": normal(T, K, seed=300 + draw).softmax(1),
+    }
+    more = {
+        "gate_up_bias": normal(E, G, dtype=dtype, seed=400 + draw),
+        "down_bias": normal(E, D, dtype=dtype, seed=500 + draw),
+        "residual": normal(T, D, dtype=dtype, seed=600 + draw),
+    }
+    return inputs | {name: more[name] for name in optional}, normal(T, D, dtype=dtype, seed=700 + draw)
+
+
+def layer(plan, activation="silu"):
+    def fn(x, gate_up, down, weight, gate_up_bias=None, down_bias=None, residual=None):
+        return expert_ffn(
+            x,
+            gate_up,
+            down,
+            weight,
+            plan,
+            activation=activation,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+            residual_TD=residual,
+        )
+
+    return fn
