@@ -226,7 +226,7 @@ class MixLaunch:
         return {**sizes, "GROUP": self.group}
 
 
-FLOAT32 = MixLaunch(block_m=64, block_n=64, block_k=32, options=Options(num_warps=4, num_stages=2))
+FLOAT32 = MixLaunch(block_m=64, block_n=64, block_k=16, options=Options(num_warps=4, num_stages=2))
 UNALIGNED = MixLaunch(block_m=64, block_n=32, block_k=32, options=Options(num_warps=4))
 WIDE_FAMILIES = ("cuda90", "cuda100")
 MULTIPROCESSORS = 132  # of an H100
@@ -257,7 +257,7 @@ def choose_launch(itemsize: int, M: int, N: int, *, aligned: bool, family: str) 
         options = Options(num_warps=4, num_stages=stages)
         return MixLaunch(block_m=64, block_n=64, block_k=64, options=options)
     options = Options(num_warps=8, num_stages=stages)
-    return MixLaunch(block_m=128, block_n=128, block_k=64, options=options)
+    return MixLaunch(block_m=128, block_n=128, block_k=32 if family == "hip" else 64, options=options)
 
 
 def choose_forward_launch(itemsize: int, T: int, D: int, *, aligned: bool, family: str) -> MixLaunch:
@@ -265,17 +265,17 @@ def choose_forward_launch(itemsize: int, T: int, D: int, *, aligned: bool, famil
     launch = choose_launch(itemsize, T, D, aligned=aligned, family=family)
     if T > FEW_TOKENS or launch in (FLOAT32, UNALIGNED):
         return _widened(launch, T, D, 1, family)
-    options = Options(num_warps=4, num_stages=2 if family == "hip" else 4)
-    block_m = max(16, triton.next_power_of_2(T))
-    return MixLaunch(block_m=block_m, block_n=64, block_k=128, swapped=True, options=options)
+    block_m, block_k, stages = max(16, triton.next_power_of_2(T)), 128, 4
+    if family == "hip":
+        block_k, stages = 64, 2
+    options = Options(num_warps=4, num_stages=stages)
+    return MixLaunch(block_m=block_m, block_n=64, block_k=block_k, swapped=True, options=options)
 
 
 def choose_weight_grad_launch(
     itemsize: int, Q: int, D: int, num_slots: int, *, aligned: bool, family: str
 ) -> MixLaunch:
     launch = choose_launch(itemsize, Q, D, aligned=aligned, family=family)
-    if family == "hip" and launch.block_m == 128:
-        return replace(launch, block_k=32)
     return _widened(launch, Q, D, num_slots, family)
 
 
