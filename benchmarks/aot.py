@@ -15,6 +15,7 @@ is checked:
 """
 
 import argparse
+import ast
 import importlib.util
 import json
 import math
@@ -29,6 +30,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import cache
+from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
@@ -135,18 +137,24 @@ def unlisted_kernels(path: str) -> list[str]:
 def jobs_of(path: str, targets: Iterable[str], share: float = 1.0) -> list[Job]:
     """Every configuration once per target and knowledge of divisibility; equal ones are compiled once.
 
-    With a `share` below 1 so many of each kernel's, at even distances and at least one.
+    Programmatic dependent launch, which changes two instructions, is compiled with one of each kernel's. With
+    a `share` below 1 so many of each kernel's are compiled, at even distances and at least one.
     """
     groups: dict[tuple[str, str, bool], dict[str, Job]] = {}
+    with_pdl: set[tuple[str, str]] = set()
     for i, compilation in enumerate(compilations(path)):
         name = kernel_name(compilation)
         same = repr(
             (compilation.signature, compilation.constexprs, compilation.options, compilation.divisible)
         )
         for target in targets:
-            excluded = compilation.options.pdl and not TARGETS[target].pdl
-            if excluded or TARGETS[target].family not in compilation.families:
+            pdl = compilation.options.pdl
+            if (pdl and not TARGETS[target].pdl) or TARGETS[target].family not in compilation.families:
                 continue
+            if pdl and (name, target) in with_pdl:
+                continue
+            if pdl:
+                with_pdl.add((name, target))
             for divisible in (True, False):
                 group = groups.setdefault((name, target, divisible), {})
                 group.setdefault(same, Job(path, i, target, divisible))
@@ -288,8 +296,39 @@ def compile_all(
     return rows, violations
 
 
-def write_result(folder: Path, rows: list[Row]) -> Path:
-    """`aot/<date>_<commit>_triton-<version>.json`, one line per row."""
+def kernel_files() -> list[Path]:
+    return sorted(path for path in KERNEL_FILES.glob("*.py") if path.stem != "__init__")
+
+
+def source_hashes() -> dict[str, str]:
+    """Of each kernel file's code, whatever its comments and line breaks are."""
+    return {
+        path.name: sha256(ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode()).hexdigest()
+        for path in kernel_files()
+    }
+
+
+def unchanged_rows(folder: Path, compiled: set[str]) -> list[list[Any]]:
+    """Rows of the newest result for files that were not compiled now and are what they were then."""
+    import triton
+
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("aot/*.json")]
+    contents = [content for content in contents if content["triton"] == triton.__version__]
+    newest = max(contents, key=lambda content: content["machine"]["time"], default=None)
+    if newest is None:
+        return []
+    now, then = source_hashes(), newest["sources"]
+    # every kernel is made with these
+    if any(now[name] != then.get(name) for name in ("launch.py", "tiles.py")):
+        return []
+    file = newest["columns"].index("file")
+    return [
+        row for row in newest["rows"] if row[file] not in compiled and now.get(row[file]) == then[row[file]]
+    ]
+
+
+def write_result(folder: Path, rows: list[Row], compiled: set[str]) -> Path:
+    """`aot/<date>_<commit>_triton-<version>.json`, one line per row, unchanged ones of `folder` included."""
     import triton
 
     from moe_runtime.machine import describe_machine
@@ -299,8 +338,17 @@ def write_result(folder: Path, rows: list[Row]) -> Path:
     path = folder / "aot" / f"{datetime.now(UTC):%Y-%m-%d}_{commit}_triton-{triton.__version__}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = [column.name for column in fields(Row)]
-    lines = ",\n".join(json.dumps(list(asdict(row).values())) for row in rows)
-    head = json.dumps({"suite": "aot", "triton": triton.__version__, "machine": machine, "columns": columns})
+    every = [list(asdict(row).values()) for row in rows] + unchanged_rows(folder, compiled)
+    lines = ",\n".join(json.dumps(row) for row in sorted(every, key=str))
+    head = json.dumps(
+        {
+            "suite": "aot",
+            "triton": triton.__version__,
+            "machine": machine,
+            "sources": source_hashes(),
+            "columns": columns,
+        }
+    )
     path.write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
     return path
 
@@ -308,7 +356,9 @@ def write_result(folder: Path, rows: list[Row]) -> Path:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the result file")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="TARGET")
-    parser.add_argument("--files", nargs="+", type=Path, help="kernel files; all of the package by default")
+    parser.add_argument(
+        "--files", nargs="+", type=Path, help="only these kernel files; rows of unchanged others are kept"
+    )
     parser.add_argument("--share", type=float, default=1.0, help="so much of each kernel's configurations")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8))
 
@@ -319,12 +369,11 @@ def main(arguments: argparse.Namespace) -> int:
         raise RuntimeError("the ahead-of-time gate must run in a process that has not imported Triton yet")
     os.environ.pop("TRITON_INTERPRET", None)
     start = time.monotonic()
-    every = sorted(path for path in KERNEL_FILES.glob("*.py") if path.stem != "__init__")
-    paths = [str(path.resolve()) for path in arguments.files or every]
+    paths = [str(path.resolve()) for path in arguments.files or kernel_files()]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder  # nothing of an earlier run is reused
         rows, violations = compile_all(paths, arguments.targets, arguments.processes, arguments.share)
-    path = write_result(arguments.output, rows)
+    path = write_result(arguments.output, rows, {Path(path).name for path in paths})
     for violation in violations:
         print(violation)
     seconds = time.monotonic() - start

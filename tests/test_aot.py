@@ -5,13 +5,23 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.aot import TARGETS, Row, _amd_resources, _violations
+from benchmarks.aot import (
+    TARGETS,
+    Row,
+    _amd_resources,
+    _violations,
+    compilations,
+    jobs_of,
+    kernel_files,
+    source_hashes,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
@@ -50,6 +60,27 @@ def test_every_kernel_passes_the_gate_on_every_target(tmp_path):
     assert kernels >= {"_combine_kernel", "_gather_rows_kernel", "_place_kernel"}
     for kernel in kernels:
         assert {row["target"] for row in rows_of(content) if row["kernel"] == kernel} == set(TARGETS)
+
+
+@needs_triton
+def test_the_committed_result_holds_every_configuration_of_these_kernels():
+    """The gate on all of them takes too long for every test run, so its result must be of today's code."""
+    paths = sorted((ROOT / "benchmarks/results/aot").glob("*.json"))
+    contents = [json.loads(path.read_text()) for path in paths]
+    content = max(contents, key=lambda content: content["machine"]["time"])
+    again = "; run `python -m benchmarks aot` and commit its file"
+    assert content["sources"] == source_hashes(), f"a kernel has changed since{again}"
+    expected = Counter(
+        (Path(job.path).name, compilations(job.path)[job.index].label, job.target, job.divisible)
+        for path in kernel_files()
+        for job in jobs_of(str(path), TARGETS)
+    )
+    rows = rows_of(content)
+    found = Counter((row["file"], row["label"], row["target"], row["divisible"]) for row in rows)
+    assert found == expected, f"configurations have changed since{again}"
+    limits = {name: target.shared_limit for name, target in TARGETS.items()}
+    assert not [row for row in rows if row["spilled"] or row["atomics"]]
+    assert not [row for row in rows if row["shared"] > limits[row["target"]]]
 
 
 @pytest.fixture(scope="module")
