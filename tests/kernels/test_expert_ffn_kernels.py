@@ -1,7 +1,10 @@
 """expert_ffn's kernels, in Triton's interpreter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from close import assert_close_to_exact
 from expert_layers import ACTIVATIONS, NAMES, dense_experts, layer, make_inputs
 from inputs import PATTERNS, SMALL, Routing, assert_matches, assert_same_bits, choose, run
 from interpreter import DTYPES, interpreted, needs_interpreter, rows_in_reserved_memory
@@ -62,6 +65,28 @@ def test_every_tile_with_every_loop_twice(height, gated):
 def test_equal_inputs_give_equal_bits(dtype, D, F):
     plan = make_plan(choose(DROPPED, "cpu"), DROPPED.E)
     assert_same_bits(layer(plan), *make_inputs(DROPPED, dtype, optional=NAMES[4:], D=D, F=F))
+
+
+def test_finishing_in_slices_changes_no_bit_of_the_hidden_gradient(monkeypatch):
+    from moe_runtime_kernels._triton import expert_ffn as kernels
+
+    expert_TK = choose(DROPPED, "cpu")
+    plan = make_plan(expert_TK, DROPPED.E)
+    inputs, grad = make_inputs(DROPPED, torch.float32, D=16, F=33)
+    choose_launch, gradients = kernels.choose_dh_launch, {}
+    for slices in (1, 2, 4):
+
+        def in_slices(*sizes, slices=slices, **more):
+            return replace(choose_launch(*sizes, **more), slices=slices)
+
+        monkeypatch.setattr(kernels, "choose_dh_launch", in_slices)
+        gradients[slices] = run(layer(plan), inputs, grad)
+    exact = run(lambda **i: dense_experts(expert_TK, "silu", **i), inputs, grad, torch.float64)
+    for slices in (2, 4):
+        for name in ("dx", "dgate_up", "ddown"):
+            assert torch.equal(gradients[slices][name], gradients[1][name]), (slices, name)
+        dweight = [result["dweight"] for result in (gradients[slices], gradients[1], exact)]
+        assert_close_to_exact("dweight", *dweight)
 
 
 def test_residual_and_gates_of_other_dtypes():
@@ -187,4 +212,4 @@ def test_launch_choice(N, E, family):
             assert launch.block_m == 16 or launch.block_m <= 64 or E * launch.block_m // 2 < N
             # tensor cores take 64 rows of the left operand: the matrix's columns where tiles are low
             assert not launch.swapped or launch.block_f * (2 if gated and launch is up else 1) >= 64
-            assert launch.swapped == (itemsize == 2 and aligned and launch.block_m < 64)
+            assert launch.swapped == (itemsize == 2 and launch.block_m < 64)

@@ -23,6 +23,7 @@ from .launch import (
     FAMILIES,
     Compilation,
     Options,
+    aligned_to_16,
     allow_next_kernel,
     check_16_or_32_bits,
     device_family,
@@ -146,7 +147,7 @@ def _up_kernel(
             acc = tl.trans(acc)
         if bias_ptr is not None:
             bias_at = expert.to(tl.int64) * G + g
-            bias = tl.load(bias_ptr + bias_at, mask=(c < WIDTH) & (expert < E), other=0.0)  # [WIDTH]
+            bias = tl.load(bias_ptr + bias_at, mask=g < tl.where(expert < E, G, 0), other=0.0)  # [WIDTH]
             acc += bias.to(tl.float32)[None, :]
         inside = (n < end)[:, None] & (f < F)[None, :]
         h_at = n[:, None] * G + f[None, :]
@@ -343,11 +344,6 @@ class FFNLaunch:
     options: Options
 
 
-def is_aligned(D: int, F: int, *tensors: Tensor) -> bool:
-    """Whether all rows begin at a multiple of 16 bytes; others are loaded element by element."""
-    return D % 16 == 0 and F % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-
-
 def _tile_height(N: int, E: int) -> int:
     """About as many rows as an expert has, so that its matrix is read once and little of a tile is idle."""
     wanted = triton.next_power_of_2(max(1, triton.cdiv(N, E)))
@@ -378,7 +374,7 @@ def choose_up_launch(itemsize: int, N: int, E: int, *, gated: bool, aligned: boo
         N: routed rows.
         E: experts.
         gated: whether a hidden column takes two columns of the product.
-        aligned: of `is_aligned`.
+        aligned: of `aligned_to_16`.
         family: of `device_family`.
     """
     block_m = _tile_height(N, E)
@@ -438,7 +434,7 @@ def launch_expert_ffn(
     (E, D, F), G, N = down.shape, gate_up.shape[1], token.shape[0]
     h, a = x.new_empty(N if keep_h else 0, G), x.new_empty(N, F)
     if a.numel() > 0:
-        family, aligned = device_family(x.device), is_aligned(D, F, x, gate_up)
+        family, aligned = device_family(x.device), aligned_to_16((D, F), x, gate_up)
         launch = choose_up_launch(x.itemsize, N, E, gated=G == 2 * F, aligned=aligned, family=family)
         num_tiles = tile_bound(N, E + 1, launch.block_m)
         _up_kernel[(num_tiles * triton.cdiv(F, launch.block_f),)](
@@ -492,7 +488,7 @@ def launch_expert_ffn_backward(
     dweight = weight.new_empty(weight.shape if needs_weight else 0)
     grad = grad_out.to(x.dtype)
 
-    family, aligned = device_family(x.device), is_aligned(D, F, grad, down, h)
+    family, aligned = device_family(x.device), aligned_to_16((D, F), grad, down, h)
     launch = choose_dh_launch(x.itemsize, N, E, aligned=aligned, family=family)
     num_blocks = triton.cdiv(F, launch.block_f)
     dh = x.new_empty(N, G) if needs_x or needs_gate_up or needs_gate_up_bias else None
