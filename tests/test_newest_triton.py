@@ -42,7 +42,8 @@ def test_the_newest_is_the_pinned_one():
 def test_kernels_pass_their_tests_in_the_newest_interpreter():
     files = sorted(TESTS.glob("test_*_kernels.py"))
     assert files
-    result = run("-m", "pytest", "-q", *files)
+    # one dtype and the tiles that these sizes choose: the whole runs with the pinned Triton
+    result = run("-m", "pytest", "-q", "-k", "not fp16 and not every_tile", *files)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
 
 
