@@ -120,7 +120,6 @@ def _up_kernel(
     expert, first, end = row_tile(tile, offset_ptr, tile_end_ptr, N, E, BLOCK_M, EXPERTS)
     if first < end:
         n = first + tl.arange(0, BLOCK_M)
-        f = block.to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
         # rows past the end repeat the first one, columns past F the last one: the loop needs no mask for them
         token = tl.load(token_ptr + tl.where(n < end, n, first)).to(tl.int64)  # [BLOCK_M]
         c = tl.arange(0, WIDTH)
@@ -149,21 +148,29 @@ def _up_kernel(
             bias_at = expert.to(tl.int64) * G + g
             bias = tl.load(bias_ptr + bias_at, mask=g < tl.where(expert < E, G, 0), other=0.0)  # [WIDTH]
             acc += bias.to(tl.float32)[None, :]
-        inside = (n < end)[:, None] & (f < F)[None, :]
-        h_at = n[:, None] * G + f[None, :]
         h = acc.to(a_ptr.dtype.element_ty)
         if GATED:
+            # in two slices: all at once, the index arithmetic of the stores is too many registers
             gate, up = _halves(h, BLOCK_M, WIDTH)
-            value, _ = _activation(gate.to(tl.float32), ACTIVATION)
-            a = value * up.to(tl.float32)
-            if h_ptr is not None:
-                tl.store(h_ptr + h_at, gate, mask=inside)
-                tl.store(h_ptr + (h_at + F), up, mask=inside)
+            gates, ups = _halves(gate, BLOCK_M, BLOCK_F), _halves(up, BLOCK_M, BLOCK_F)
+            for i in tl.static_range(2):
+                f = block.to(tl.int64) * BLOCK_F + i * (BLOCK_F // 2) + tl.arange(0, BLOCK_F // 2)
+                inside = (n < end)[:, None] & (f < F)[None, :]
+                value, _ = _activation(gates[i].to(tl.float32), ACTIVATION)
+                a = (value * ups[i].to(tl.float32)).to(a_ptr.dtype.element_ty)
+                if h_ptr is not None:
+                    h_at = n[:, None] * G + f[None, :]
+                    tl.store(h_ptr + h_at, gates[i], mask=inside)
+                    tl.store(h_ptr + (h_at + F), ups[i], mask=inside)
+                tl.store(a_ptr + (n[:, None] * F + f[None, :]), a, mask=inside)
         else:
+            f = block.to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+            inside = (n < end)[:, None] & (f < F)[None, :]
             a, _ = _activation(h.to(tl.float32), ACTIVATION)
+            a_at = n[:, None] * F + f[None, :]
             if h_ptr is not None:
-                tl.store(h_ptr + h_at, h, mask=inside)
-        tl.store(a_ptr + (n[:, None] * F + f[None, :]), a.to(a_ptr.dtype.element_ty), mask=inside)
+                tl.store(h_ptr + a_at, h, mask=inside)
+            tl.store(a_ptr + a_at, a.to(a_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
