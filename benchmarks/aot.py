@@ -2,9 +2,9 @@
 
     python -m benchmarks aot
 
-A configuration is one `Compilation` of a kernel file under `_triton/`. Each is compiled twice per target:
-with all pointers and sizes divisible by 16, and with nothing known of them but what the launch promises. What
-is checked:
+A configuration is one `Compilation` of a kernel file under `_triton/`. Each is compiled for every target with
+nothing known of pointers and sizes but what the launch promises, and for sm_90 also with all of them divisible
+by 16. What is checked:
 
 - registers suffice: nothing is spilled to memory;
 - shared memory is within the target's limit;
@@ -135,7 +135,7 @@ def unlisted_kernels(path: str) -> list[str]:
 
 
 def jobs_of(path: str, targets: Iterable[str], share: float = 1.0) -> list[Job]:
-    """Every configuration once per target and knowledge of divisibility; equal ones are compiled once.
+    """Every configuration of every target, see the module; equal ones are compiled once.
 
     Programmatic dependent launch, which changes two instructions, is compiled with one of each kernel's. With
     a `share` below 1 so many of each kernel's are compiled, at even distances and at least one.
@@ -155,7 +155,7 @@ def jobs_of(path: str, targets: Iterable[str], share: float = 1.0) -> list[Job]:
                 continue
             if pdl:
                 with_pdl.add((name, target))
-            for divisible in (True, False):
+            for divisible in (True, False) if target == "sm_90" else (False,):
                 group = groups.setdefault((name, target, divisible), {})
                 group.setdefault(same, Job(path, i, target, divisible))
     chosen = []
