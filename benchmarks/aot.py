@@ -3,8 +3,8 @@
     python -m benchmarks aot
 
 A configuration is one `Compilation` of a kernel file under `_triton/`. Each is compiled for every target with
-nothing known of pointers and sizes but what the launch promises, and for sm_90 also with all of them divisible
-by 16. What is checked:
+nothing known of pointers and sizes but what the launch promises, and for sm_90 also with all of them
+divisible by 16. What is checked:
 
 - registers suffice: nothing is spilled to memory;
 - shared memory is within the target's limit;
