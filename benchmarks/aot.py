@@ -126,9 +126,9 @@ def kernel_name(compilation: Any) -> str:
 
 
 def unlisted_kernels(path: str) -> list[str]:
-    """A sentence per kernel of the file that no compilation names; kernels are called `…_kernel`."""
+    """A sentence per kernel of the file that no compilation names; kernels are called `_…_kernel`."""
     module = load(path)
-    kernels = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
+    kernels = {name: value for name, value in vars(module).items() if re.fullmatch(r"_\w+_kernel", name)}
     own = {name for name, value in kernels.items() if getattr(value, "__module__", "") == module.__name__}
     listed = {kernel_name(compilation) for compilation in compilations(path)}
     return [f"{Path(path).name}: {name} is in no compilation" for name in sorted(own - listed)]
@@ -250,10 +250,10 @@ def _nvidia_resources(compiled: Any) -> dict[str, int]:
 def _amd_resources(compiled: Any) -> dict[str, int]:
     pattern = r"^\s+\.(\w+(?:_count|_fixed_size)):\s+(\d+)$"
     found = {name: int(value) for name, value in re.findall(pattern, compiled.asm["amdgcn"], re.MULTILINE)}
-    spilled = 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
+    # scalar registers are spilled to lanes of vector registers; what does reach memory is the private segment
     return {
         "registers": found["vgpr_count"],
-        "spilled": max(spilled, found["private_segment_fixed_size"]),
+        "spilled": max(4 * found["vgpr_spill_count"], found["private_segment_fixed_size"]),
         "shared": max(compiled.metadata.shared, found["group_segment_fixed_size"]),
     }
 

@@ -105,7 +105,7 @@ FAULTS = {
 def test_a_fault_is_reported_on_every_target(faults, kernel, target):
     status, sentences, _ = faults
     assert status == 1
-    for known in ("divisible by 16", "any divisibility"):
+    for known in ("divisible by 16", "any divisibility") if target == "sm_90" else ("any divisibility",):
         where = f"faulty_kernels.py {kernel} [plain] for {target}, {known}: "
         found = [sentence for sentence in sentences if sentence.startswith(where)]
         assert len(found) == 1
