@@ -122,7 +122,7 @@ def test_spilled_registers_are_reported(faults):
 
 
 @pytest.mark.parametrize(
-    ("vector", "scalar", "private", "spilled"), [(0, 0, 0, 0), (3, 0, 0, 12), (0, 2, 0, 8), (3, 0, 64, 64)]
+    ("vector", "scalar", "private", "spilled"), [(0, 0, 0, 0), (3, 0, 0, 12), (0, 2, 0, 0), (3, 0, 64, 64)]
 )
 def test_what_amd_spills_is_read_from_the_metadata(vector, scalar, private, spilled):
     listing = f"""
