@@ -143,8 +143,8 @@ def choose_launch(itemsize: int, N: int, E: int, *, aligned: bool, family: str) 
     if itemsize == 4 or not aligned:
         return GroupedLaunch(
             block_m=block_m,
-            block_n=64,
-            block_k=32 if aligned or itemsize == 2 else 16,
+            block_n=64 if aligned or itemsize == 2 else 32,
+            block_k=32,
             swapped=itemsize == 2 and block_m < 64,
             group=8,
             options=Options(num_warps=4, num_stages=2 if aligned else 1),
