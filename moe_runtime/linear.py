@@ -13,10 +13,10 @@ class Linear(nn.Linear):
     """x [..., I] -> x @ weight.T + bias [..., O]; a float32 inference on the CPU may go through oneDNN."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
         trains_bias = torch.is_grad_enabled() and self.bias is not None and self.bias.requires_grad
-        if trains_bias or torch.is_autocast_enabled(x.device.type) or not onednn_takes(x, self.weight):
+        if trains_bias or torch.is_autocast_enabled("cpu") or not onednn_takes(x, self.weight):
             return super().forward(x)
         return onednn_product(x, self.weight, self.bias)
 
