@@ -349,6 +349,7 @@ def _check_groups(
 
 
 def _check_finite(logits_TE: Tensor, token_mask_T: Tensor | None) -> None:
+    """Waits for the device, which is why it is off unless asked for."""
     bad_TE = ~logits_TE.detach().isfinite() & _counted(logits_TE, token_mask_T)[:, None]
     if bad_TE.any():
         token, expert = bad_TE.nonzero()[0].tolist()
