@@ -14,8 +14,10 @@ def run(arguments: argparse.Namespace) -> int:
     from moe_runtime.machine import keep_freed_memory
 
     keep_freed_memory()  # for all that is compared; page faults are not what a benchmark is about
+    # a suite's own name is that suite alone; others have names that begin with it
+    suite = HERE / f"{arguments.only}.py"
     options = [
-        str(HERE),
+        str(suite if suite.exists() else HERE),
         "-q",
         "-s",
         "-p",
@@ -25,7 +27,9 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     if arguments.tiny:
         options.append("--tiny")
-    if arguments.only:
+    if arguments.no_peers:
+        options.append("--no-peers")
+    if arguments.only and not suite.exists():
         options += ["-k", arguments.only]
     return int(pytest.main(options))
 
@@ -45,6 +49,11 @@ def main() -> int:
     timing.add_argument("--output", type=Path, default=HERE / "results", help="folder of the result files")
     timing.add_argument("--tiny", action="store_true", help="shapes of a second, to show that the suites run")
     timing.add_argument("--only", help="run the benchmarks whose name contains this")
+    timing.add_argument(
+        "--no-peers",
+        action="store_true",
+        help="leave out other libraries, some of which tune themselves for minutes",
+    )
     timing.set_defaults(call=run)
     from benchmarks import aot
 

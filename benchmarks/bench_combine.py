@@ -5,6 +5,8 @@ import torch
 from moe_runtime_kernels import combine, make_plan
 from torch import Tensor
 
+from benchmarks import peers
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODELS = {  # width, experts, experts per token
     "olmoe-1b-7b": (2048, 64, 8),
@@ -42,6 +44,10 @@ def bench_combine(compare, tiny, model, tokens):
         error = (out.double() - exact).abs().max() / exact.abs().max()
         assert error <= roundings * torch.finfo(torch.bfloat16).eps, f"{name} is off by {error:.1e}"
 
+    def and_residual(unpermute) -> Tensor:
+        return unpermute(y_ND, weight_TK) + residual_TD
+
+    others = peers.available({"moe_ops": lambda: peers.moe_ops_unpermute(plan.row_TK)})
     compare(
         "combine",
         {"model": model, "width": D, "k": K, "tokens": T},
@@ -52,4 +58,7 @@ def bench_combine(compare, tiny, model, tokens):
         },
         check=check,
         nbytes=2 * T * (K + 2) * D + 8 * T * K,
+        peers=peers.Peers(
+            {name: lambda fn=fn: and_residual(fn) for name, fn in others.fns.items()}, others.absent
+        ),
     )

@@ -5,6 +5,8 @@ import torch
 from moe_runtime_kernels import make_plan
 from torch import Tensor
 
+from benchmarks import peers
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODELS = {"qwen3-30b-a3b": (128, 8), "qwen3-next-80b-a3b": (512, 10)}  # experts, experts per token
 TINY = {"tiny": (16, 2)}
@@ -33,10 +35,14 @@ def bench_plan(compare, tiny, model, tokens):
         for part, expected in zip(out[:4], exact, strict=True):
             assert torch.equal(part.long(), expected.long()), f"{name} is another plan than sorting gives"
 
+    others = peers.available({"liger": lambda: peers.liger_plan(E)})
     compare(
         "plan",
         {"model": model, "experts": E, "k": K, "tokens": T},
         {"moe_runtime": lambda: make_plan(expert_TK, E), "sort": lambda: sorted_plan(expert_TK, E)},
         check=check,
         nbytes=16 * T * K,
+        peers=peers.Peers(
+            {name: lambda plan=plan: plan(expert_TK) for name, plan in others.fns.items()}, others.absent
+        ),
     )

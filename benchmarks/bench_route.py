@@ -49,9 +49,11 @@ def bench_route(compare, tiny, model, tokens):
         fns["torch"] = lambda: softmax_router(logits_TE, K)
         others = {"mixtral": peers.mixtral_router, "qwen3_moe": peers.qwen3_router}
         routers = {name: make(E, K, DEVICE) for name, make in others.items()}
+        libraries = peers.available({"moe_ops": lambda: peers.moe_ops_router(K)})
     else:
         fns["torch"] = lambda: sigmoid_router(logits_TE, K, num_groups, groups_kept)
         routers = {"deepseek_v3": peers.deepseek_router(E, K, num_groups, groups_kept, DEVICE)}
+        libraries = peers.Peers(absent={"moe_ops": "moe-ops has no sigmoid scores and no groups"})
     fns |= {f"transformers_{name}": lambda route=route: route(logits_TE) for name, route in routers.items()}
     exact = sigmoid_router(logits_TE.double(), K, num_groups, groups_kept)
     if num_groups == 1:
@@ -71,4 +73,8 @@ def bench_route(compare, tiny, model, tokens):
         fns,
         check=check,
         nbytes=T * E * 4 + T * K * 8,
+        peers=peers.Peers(
+            {name: lambda route=route: route(logits_TE) for name, route in libraries.fns.items()},
+            libraries.absent,
+        ),
     )

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from moe_runtime_kernels.flop_formulas import register_flop_formulas
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.alternate import Timing, captured, copy_bandwidth, time_alternately
+from benchmarks.floor import Work, matmul_speed
+from benchmarks.peers import Peers, failure, installed_versions
 from moe_runtime.machine import describe_machine, device_folder
 
 ROWS: dict[str, list[dict[str, Any]]] = {}
 OURS = "moe_runtime"
 LAUNCHES = 50  # per graph; what starting one costs the host is divided by them
+GRAPH_S = 2e-3  # of graphs of long calls, which need fewer launches
 
 
 def count_flops(fn: Callable[[], Any]) -> int:
@@ -33,6 +37,11 @@ def pytest_addoption(parser):
         "--results", default=None, help="folder for the result files; none are written without it"
     )
     parser.addoption("--tiny", action="store_true", help="shapes of a second, to show that the suite runs")
+    parser.addoption(
+        "--no-peers",
+        action="store_true",
+        help="leave out other libraries, some of which tune themselves for minutes",
+    )
 
 
 @pytest.fixture
@@ -45,6 +54,14 @@ def copy_speed(request) -> float:
     """Bytes per second of a copy on the device that the benchmarks run on, measured in this session."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return copy_bandwidth(device, 2**20 if request.config.getoption("--tiny") else 2**28)
+
+
+@pytest.fixture(scope="session")
+def product_speed(request) -> float:
+    """FLOPs per second of a large bfloat16 product on that device, measured in this session."""
+    gpu = torch.cuda.is_available()
+    tiny = request.config.getoption("--tiny")
+    return matmul_speed("cuda" if gpu else "cpu", 256 if tiny else 8192 if gpu else 1024)
 
 
 def check_repeats(fn: Callable[[], Any]) -> None:
@@ -75,17 +92,74 @@ def time_launches(
         except RuntimeError as error:
             if name == OURS:
                 raise
-            refused[name] = str(error).splitlines()[0]
+            refused[name] = f"cannot be captured: {str(error).splitlines()[0]}"
             torch.cuda.synchronize()
     return time_alternately(replays, rounds, calls=LAUNCHES), refused
+
+
+def time_products(
+    fns: Mapping[str, Callable[[], Any]], rounds: int
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """Timings, and how: on a GPU a call that a graph cannot hold is timed with its host's part.
+
+    Graphs hold so many launches as take GRAPH_S together, by the first timing of ours, and LAUNCHES at most.
+    """
+    if not torch.cuda.is_available():
+        return time_alternately(fns, rounds), dict.fromkeys(fns, "call")
+    once = time_alternately({OURS: fns[OURS]}, rounds=3)[OURS].median_s
+    launches = min(max(round(GRAPH_S / once), 1), LAUNCHES)
+    timings, ways = {}, {}
+    replays: dict[str, Callable[[], Any]] = {}
+    for name, fn in fns.items():
+        try:
+            replays[name], ways[name] = captured(fn, launches), "graph"
+        except RuntimeError:
+            if name == OURS:
+                raise
+            ways[name] = "call"
+            torch.cuda.synchronize()
+    timings = time_alternately(replays, rounds, calls=launches)
+    calls = {name: fn for name, fn in fns.items() if ways[name] == "call"}
+    return timings | (time_alternately(calls, rounds) if calls else {}), ways
+
+
+def peak_bytes(fn: Callable[[], Any]) -> int:
+    """Bytes that a call needs on the GPU beyond what is there before it, its results included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = fn()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
+def usable(peers: Peers, check: Callable[[str, Any], Any]) -> dict[str, str]:
+    """Why some peers are not timed; those that fail or whose answers are wrong leave `peers.fns`.
+
+    Our own answers and PyTorch's must be right; another library's fault is its own, and shown.
+    """
+    reasons = dict(peers.absent)
+    for name, fn in list(peers.fns.items()):
+        try:
+            check(name, fn())
+        except Exception as error:
+            reasons[name] = failure("wrong" if isinstance(error, AssertionError) else "fails", error)
+            del peers.fns[name]
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+    return reasons
 
 
 @pytest.fixture
 def compare(request, tiny, copy_speed):
     """compare(suite, case, fns, check=...): one row of medians, spreads, FLOPs and ratios to the first.
 
+    `check` raises AssertionError for a wrong answer; errors that it returns are kept.
     `nbytes` is for operations that move data: what must be read and written at least. They are timed without
     the host's part, and the row says what share of a copy's speed they reach.
+    `work` is for products: the row then has FLOPs per second, the share of the floor, and the GPU's memory.
+    `peers` are other libraries; each that is not timed is in the row with the reason.
     """
 
     def run(
@@ -93,27 +167,48 @@ def compare(request, tiny, copy_speed):
         case: dict[str, Any],
         fns: Mapping[str, Callable[[], Any]],
         *,
-        check: Callable[[str, Any], None],
+        check: Callable[[str, Any], dict[str, float] | None],
         rounds: int = 30,
         nbytes: int | None = None,
+        work: Work | None = None,
+        peers: Peers | None = None,
     ) -> dict[str, float]:
+        errors: dict[str, dict[str, float]] = {}
+
+        def checked(name: str, out: Any) -> None:
+            found = check(name, out)
+            if found is not None:
+                errors[name] = found
+
         for name, fn in fns.items():
-            check(name, fn())  # a fast wrong answer fails here and reports no time
+            checked(name, fn())  # a fast wrong answer fails here and reports no time
+        peers = Peers() if peers is None else Peers(dict(peers.fns), dict(peers.absent))
+        if request.config.getoption("--no-peers"):
+            left_out = dict.fromkeys(peers.fns, "left out by --no-peers")
+            peers = Peers(absent={**peers.absent, **left_out})
+        not_timed = usable(peers, checked)
+        fns = {**fns, **peers.fns}
         flops = {name: count_flops(fn) for name, fn in fns.items()}
         rounds = 3 if tiny else rounds
-        moved: dict[str, Any] = {}
-        if nbytes is None:
+        row: dict[str, Any] = {}
+        if work is not None:
+            check_repeats(fns[OURS])
+            timings, ways = time_products(fns, rounds)
+            row = {"timed_by": ways, **of_products(timings, work, copy_speed, speed_of_products(request))}
+            if torch.cuda.is_available():
+                row["peak_bytes"] = {name: peak_bytes(fn) for name, fn in fns.items()}
+        elif nbytes is None:
             timings = time_alternately(fns, rounds)
         else:
             check_repeats(fns[OURS])
             timings, refused = time_launches(fns, rounds)
+            not_timed |= refused
             speeds = {name: nbytes / timing.median_s for name, timing in timings.items()}
-            moved = {
+            row = {
                 "bytes": nbytes,
                 "bytes_per_s": speeds,
                 "copy_bytes_per_s": copy_speed,
                 "copy_share": {name: speed / copy_speed for name, speed in speeds.items()},
-                "not_timed": refused,
             }
         first = next(iter(fns))
         ratios = {name: timing.median_s / timings[first].median_s for name, timing in timings.items()}
@@ -124,25 +219,67 @@ def compare(request, tiny, copy_speed):
                 "flops": flops,
                 "ratio_to": first,
                 "ratios": ratios,
-                **moved,
+                "errors": errors,
+                "not_timed": not_timed,
+                **row,
             }
         )
+        write_results(request.config.getoption("--results"), suite)
         return ratios
 
     return run
 
 
+def speed_of_products(request) -> float:
+    return request.getfixturevalue("product_speed")
+
+
+def of_products(
+    timings: Mapping[str, Timing], work: Work, copy_speed: float, product_speed: float
+) -> dict[str, Any]:
+    """A row's part about FLOPs and the floor, from the medians and the device's measured speeds."""
+    floor_s = work.floor_s(product_speed, copy_speed)
+    return {
+        "useful_flops": work.flops,
+        "bytes": work.nbytes,
+        "copy_bytes_per_s": copy_speed,
+        "product_flops_per_s": product_speed,
+        "floor_s": floor_s,
+        "flops_per_s": {name: work.flops / timing.median_s for name, timing in timings.items()},
+        "floor_share": {name: floor_s / timing.median_s for name, timing in timings.items()},
+    }
+
+
+@cache
+def machine() -> dict[str, Any]:
+    return describe_machine()
+
+
+def result_path(folder: str, suite: str) -> Path:
+    commit = (machine()["commit"] or "nocommit")[:7]
+    name = f"{datetime.now(UTC):%Y-%m-%d}_{commit}_{suite}.json"
+    return Path(folder) / device_folder(machine()) / name
+
+
+def write_results(folder: str | None, suite: str) -> None:
+    """Write a suite's rows so far, so that a run that is stopped leaves what it has measured.
+
+    Cases of an earlier run into the same file stay where this one has not measured them again.
+    """
+    if folder is None:
+        return
+    path = result_path(folder, suite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = ROWS[suite]
+    if path.exists():
+        cases = [row["case"] for row in rows]
+        earlier = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        rows = [*rows, *(row for row in earlier if row["case"] not in cases)]
+    content = {"suite": suite, "machine": machine(), "peers": installed_versions(), "rows": rows}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def pytest_sessionfinish(session):
     folder = session.config.getoption("--results")
-    if folder is None or not ROWS:
-        return
-    machine = describe_machine()
-    target = Path(folder) / device_folder(machine)
-    target.mkdir(parents=True, exist_ok=True)
-    commit = (machine["commit"] or "nocommit")[:7]
-    for suite, rows in ROWS.items():
-        path = target / f"{datetime.now(UTC):%Y-%m-%d}_{commit}_{suite}.json"
-        path.write_text(
-            json.dumps({"suite": suite, "machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8"
-        )
-        print(f"\nwrote {path}")
+    for suite in ROWS if folder is not None else ():
+        print(f"\nwrote {result_path(folder, suite)}")

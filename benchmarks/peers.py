@@ -1,7 +1,14 @@
-"""Other libraries' routers behind the signature `logits_TE -> (weight_TK, expert_TK)`, for the comparison."""
+"""Other libraries behind the signatures of what is timed, each only where it is installed and can run.
 
-from collections.abc import Callable
-from types import FunctionType
+A peer that cannot is never left out in silence: `UnavailableError` says why, and row and report repeat it.
+None of the adaptors of LIBRARIES has run on a GPU; one that fails there says so in its row and stops nothing.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from importlib.util import find_spec
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,6 +16,79 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Router = Callable[[Tensor], tuple[Tensor, Tensor]]
+# x, gate_up_proj, down_proj, weight_TK -> y, for one routing
+Experts = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+# --- which of them can run here ---------------------------------------------------------
+
+# distribution -> module; none of them is in requirements/, each is installed by who wants the comparison
+LIBRARIES = {
+    "liger-kernel": "liger_kernel",
+    "moe-ops": "moe_ops",
+    "sonic-moe": "sonicmoe",
+    "scattermoe": "scattermoe",
+    "megablocks": "megablocks",
+    "triton-kernels": "triton_kernels",
+}
+
+
+class UnavailableError(Exception):
+    """Why a peer is not timed here, as a phrase: "liger-kernel is not installed"."""
+
+
+@dataclass
+class Peers:
+    """Those that can run here, by name, and why the others cannot."""
+
+    fns: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+
+
+def installed(distribution: str) -> str | None:
+    """The version of one of LIBRARIES; None where it is not installed."""
+    if find_spec(LIBRARIES[distribution]) is None:
+        return None
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:  # a source tree on the path
+        return "unknown"
+
+
+def installed_versions() -> dict[str, str]:
+    """Of all LIBRARIES that are installed; for the result file."""
+    versions = {name: installed(name) for name in LIBRARIES}
+    return {name: version for name, version in versions.items() if version is not None}
+
+
+def require(distribution: str) -> None:
+    """Raise UnavailableError unless the library is there and a GPU, which all of them need."""
+    if installed(distribution) is None:
+        raise UnavailableError(f"{distribution} is not installed")
+    if not torch.cuda.is_available():
+        raise UnavailableError(f"{distribution} needs a GPU")
+
+
+def available(makers: Mapping[str, Callable[[], Callable[..., Any]]]) -> Peers:
+    """Make each peer, or keep why it cannot be made; whatever a library raises is such a reason."""
+    peers = Peers()
+    for name, make in makers.items():
+        try:
+            peers.fns[name] = make()
+        except UnavailableError as reason:
+            peers.absent[name] = str(reason)
+        except Exception as error:
+            peers.absent[name] = failure("cannot be set up", error)
+    return peers
+
+
+def failure(what: str, error: Exception) -> str:
+    """A line for a result file: what failed, and the first line of why."""
+    lines = str(error).splitlines()
+    return f"{what}: {type(error).__name__}{': ' + lines[0][:200] if lines else ''}"
+
+
+# --- routers, from logits ---------------------------------------------------------------
 
 
 class _NoProjection:
@@ -78,3 +158,191 @@ def deepseek_router(
         routed_scaling_factor=1.0,
     )
     return _from_logits(_place(DeepseekV3TopkRouter(config), device))
+
+
+def moe_ops_router(experts_per_token: int) -> Router:
+    """moe-ops' fused top-k and softmax over the chosen logits, which is what renormalising gives."""
+    require("moe-ops")
+    from moe_ops import fused_topk_softmax
+
+    return lambda logits_TE: fused_topk_softmax(logits_TE, experts_per_token)
+
+
+# --- planning and moving rows -----------------------------------------------------------
+
+
+def liger_plan(num_experts: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """Liger's routing metadata as our row, token, slot and offset; it waits for the device once per call."""
+    require("liger-kernel")
+    from liger_kernel.ops.fused_moe import compute_routing_metadata
+
+    def plan(expert_TK: Tensor) -> tuple[Tensor, ...]:
+        _, start, token_N, slot_N, row_N, _, _ = compute_routing_metadata(expert_TK, num_experts)
+        return row_N.view_as(expert_TK), token_N, slot_N, start[1:]
+
+    return plan
+
+
+def moe_ops_permute(num_experts: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """moe-ops' sort and row copy in one: (rows in expert order, row of each [choice, token]).
+
+    Rows of one expert are in the order in which atomics placed them.
+    """
+    require("moe-ops")
+    from moe_ops import permute
+
+    def move(x_TD: Tensor, expert_TK: Tensor) -> tuple[Tensor, Tensor]:
+        rows, row_map, _ = permute(x_TD, expert_TK, E=num_experts)
+        return rows, row_map.view(expert_TK.shape[1], expert_TK.shape[0])
+
+    return move
+
+
+def moe_ops_unpermute(row_TK: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """moe-ops' gate-weighted sum of each token's rows; it has no residual."""
+    require("moe-ops")
+    from moe_ops import unpermute_forward
+
+    T, K = row_TK.shape
+    row_map = row_TK.t().contiguous().flatten()
+    return lambda y_ND, weight_TK: unpermute_forward(y_ND, row_map, weight_TK, T, K)
+
+
+# --- products over rows in expert order -------------------------------------------------
+
+
+def torch_grouped_mm(offset_E: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """`torch.nn.functional.grouped_mm`."""
+    if not hasattr(F, "grouped_mm"):
+        raise UnavailableError(f"torch {torch.__version__} has no grouped_mm")
+    return lambda x_NI, weight_EOI: F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=offset_E)
+
+
+def moe_ops_grouped_gemm(offset_E: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    require("moe-ops")
+    from moe_ops import grouped_gemm
+
+    return lambda x_NI, weight_EOI: grouped_gemm(x_NI, weight_EOI, offset_E, True)
+
+
+# --- whole expert layers ----------------------------------------------------------------
+
+COPIED_WEIGHTS = {"cuda": 2**34, "cpu": 2**28}  # bytes that `batched_mm` may copy
+
+
+def transformers_experts(implementation: str, expert_TK: Tensor, num_experts: int) -> Experts:
+    """Qwen3-MoE's expert layer of transformers, with "eager", "grouped_mm" or "batched_mm"."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    def apply_gate(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def experts(x_TD: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weight_TK: Tensor) -> Tensor:
+        # the forward of a module reads these and nothing else of it
+        module = SimpleNamespace(
+            config=SimpleNamespace(_experts_implementation=implementation),
+            num_experts=num_experts,
+            gate_up_proj=gate_up_proj,
+            down_proj=down_proj,
+            act_fn=F.silu,
+            _apply_gate=apply_gate,
+            has_gate=True,
+            has_bias=False,
+            has_post_expert_norm=False,
+            is_transposed=False,
+            is_concatenated=True,
+            _is_expert_parallel=False,
+        )
+        return Qwen3MoeExperts.forward(module, x_TD, chosen_TK, weight_TK.to(x_TD.dtype))
+
+    chosen_TK = expert_TK.long()
+    return experts
+
+
+def batched_experts(expert_TK: Tensor, num_experts: int, weight_bytes: int) -> Experts:
+    """`batched_mm`, which copies the weights of an expert, so many bytes, for each of its rows."""
+    copied, most = expert_TK.numel() * weight_bytes, COPIED_WEIGHTS[expert_TK.device.type]
+    if copied > most:
+        raise UnavailableError(
+            f"would copy {copied / 2**30:,.2f} GiB of weights, more than {most / 2**30:,.2f}"
+        )
+    return transformers_experts("batched_mm", expert_TK, num_experts)
+
+
+def liger_experts(expert_TK: Tensor) -> Experts:
+    """Liger's fused MoE; it tunes itself in its first call."""
+    require("liger-kernel")
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    def experts(x_TD: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weight_TK: Tensor) -> Tensor:
+        return LigerFusedMoEFunction.apply(x_TD, gate_up_proj, down_proj, expert_TK, weight_TK)
+
+    return experts
+
+
+def sonicmoe_experts(expert_TK: Tensor, num_experts: int) -> Experts:
+    require("sonic-moe")
+    from sonicmoe import moe_general_routing_inputs
+    from sonicmoe.enums import ActivationType
+
+    T, K = expert_TK.shape
+    token_N = torch.arange(T, device=expert_TK.device, dtype=torch.int32).repeat_interleave(K)
+    expert_N = expert_TK.flatten()
+
+    def experts(x_TD: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weight_TK: Tensor) -> Tensor:
+        y_TD, _ = moe_general_routing_inputs(
+            x_TD,
+            weight_TK.flatten(),
+            token_N,
+            expert_N,
+            gate_up_proj.permute(1, 2, 0),
+            None,
+            down_proj.permute(1, 2, 0),
+            None,
+            E=num_experts,
+            stream_id=torch.cuda.current_stream().cuda_stream,
+            activation_type=ActivationType.SWIGLU,
+            is_inference_mode_enabled=not torch.is_grad_enabled(),
+            concat_layout=True,
+        )
+        return y_TD
+
+    return experts
+
+
+def scattermoe_experts(expert_TK: Tensor, num_experts: int) -> Experts:
+    require("scattermoe")
+    from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
+
+    def experts(x_TD: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weight_TK: Tensor) -> Tensor:
+        order = flatten_sort_count(expert_TK, num_experts)
+        up, down = gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2)
+        h = parallel_linear(x_TD, up, expert_TK.shape[1], *order, grouped_out=True)
+        gate, up = h.chunk(2, dim=-1)
+        gates = weight_TK.to(x_TD.dtype)
+        return parallel_linear(F.silu(gate) * up, down, 1, *order, grouped_in=True, gates=gates)
+
+    return experts
+
+
+def no_adaptor(distribution: str, reason: str) -> Experts:
+    """A library that this file cannot call; "not installed" comes first."""
+    require(distribution)
+    raise UnavailableError(f"no adaptor for {distribution}: {reason}")
+
+
+def expert_peers(expert_TK: Tensor, num_experts: int, weight_bytes: int) -> Peers:
+    """Every other expert layer there is, for one routing; an expert's weights have so many bytes."""
+    return available(
+        {
+            "transformers_eager": lambda: transformers_experts("eager", expert_TK, num_experts),
+            "transformers_grouped_mm": lambda: transformers_experts("grouped_mm", expert_TK, num_experts),
+            "transformers_batched_mm": lambda: batched_experts(expert_TK, num_experts, weight_bytes),
+            "liger": lambda: liger_experts(expert_TK),
+            "sonicmoe": lambda: sonicmoe_experts(expert_TK, num_experts),
+            "scattermoe": lambda: scattermoe_experts(expert_TK, num_experts),
+            "megablocks": lambda: no_adaptor("megablocks", "it keeps gate and up in separate weights"),
+            "triton_kernels": lambda: no_adaptor("triton-kernels", "its calls change with every release"),
+        }
+    )

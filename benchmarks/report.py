@@ -5,20 +5,27 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bars import BARS, MODEL
+
 BEGIN = "<!-- measured: written by `python -m benchmarks report` -->"
 END = "<!-- end of measured -->"
 
 
-def newest_results(folder: Path) -> dict[str, Path]:
-    """Suite -> its newest file, `<device>/<date>_<commit>_<suite>.json`, by the time inside."""
+def newest_results(folder: Path, kind: str | None = None) -> dict[str, Path]:
+    """Suite -> its newest file, `<device>/<date>_<commit>_<suite>.json`, by the time inside.
+
+    Of all devices, or of one `kind`, "cpu" or "gpu".
+    """
     newest: dict[str, tuple[str, Path]] = {}
     for path in folder.glob("*/*.json"):
         if path.parent.name == "aot":  # compiled, not measured
             continue
         suite = path.stem.split("_", 2)[2]
-        time = json.loads(path.read_text(encoding="utf-8"))["machine"]["time"]
-        if suite not in newest or time > newest[suite][0]:
-            newest[suite] = (time, path)
+        machine = json.loads(path.read_text(encoding="utf-8"))["machine"]
+        if kind is not None and machine["kind"] != kind:
+            continue
+        if suite not in newest or machine["time"] > newest[suite][0]:
+            newest[suite] = (machine["time"], path)
     return {suite: path for suite, (_, path) in sorted(newest.items())}
 
 
@@ -54,6 +61,7 @@ def render_pages(root: Path) -> dict[Path, str]:
     ]
     if not any(content["machine"]["kind"] == "gpu" for content in sections.values()):
         parts.append("Everything here is CPU time. Nothing has been measured on a GPU yet.")
+    parts += _bars_section(newest_results(root / "benchmarks" / "results", "gpu"), root)
     for suite, content in sections.items():
         parts += _SECTIONS[suite](content, files[suite], root)
     compiled = newest_compiled(root / "benchmarks" / "results")
@@ -178,7 +186,7 @@ def _moving_section(title: str, explained: str) -> Any:
 
     def section(content: dict[str, Any], path: Path, root: Path) -> list[str]:
         rows = content["rows"]
-        names = list(dict.fromkeys(name for row in rows for name in [*row["timings"], *row["not_timed"]]))
+        names = list(dict.fromkeys(name for row in rows for name in row["timings"]))
         first = rows[0]["ratio_to"]
         table = _table(
             [
@@ -199,15 +207,103 @@ def _moving_section(title: str, explained: str) -> Any:
         )
         gpu = content["machine"]["kind"] == "gpu"
         how = "Replayed from CUDA graphs." if gpu else "Not yet measured on a GPU."
-        return [f"## {title}", f"{explained} {how}", table, _origin(content, path, root)]
+        return [f"## {title}", f"{explained} {how}", table, *_reasons(rows), _origin(content, path, root)]
 
     return section
+
+
+def _reasons(rows: list[dict[str, Any]]) -> list[str]:
+    """A line per implementation that has no time in some rows, and why; none where all have one."""
+    why: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for name, reason in row["not_timed"].items():
+            why.setdefault(name, {})[reason] = None
+    if not why:
+        return []
+    return ["Not timed:", "\n".join(f"- {name}: {'; '.join(reasons)}" for name, reasons in why.items())]
+
+
+def _product_section(title: str, explained: str) -> Any:
+    """Of products: speed, share of the floor, error; other implementations relative to the first."""
+
+    def section(content: dict[str, Any], path: Path, root: Path) -> list[str]:
+        rows = content["rows"]
+        first = rows[0]["ratio_to"]
+        others = list(dict.fromkeys(name for row in rows for name in row["timings"] if name != first))
+        gpu = content["machine"]["kind"] == "gpu"
+        table = _table(
+            [
+                *rows[0]["case"],
+                f"{first} (ms, middle half)",
+                "TFLOP/s",
+                "of the floor",
+                "error",
+                *(["peak MiB"] if gpu else []),
+                *others,
+            ],
+            [
+                [
+                    *(str(value) for value in row["case"].values()),
+                    _spread(row["timings"][first]),
+                    f"{row['flops_per_s'][first] / 1e12:.3g}",
+                    f"{row['floor_share'][first]:.0%}",
+                    _worst(row, first),
+                    *([f"{row['peak_bytes'][first] / 2**20:,.0f}"] if gpu else []),
+                    *(_relative(row, name) for name in others),
+                ]
+                for row in rows
+            ],
+        )
+        speeds = (
+            f"Measured in the same run: a copy moves {rows[0]['copy_bytes_per_s'] / 1e9:,.0f} GB/s, a large "
+            f"bfloat16 product makes {rows[0]['product_flops_per_s'] / 1e12:,.2f} TFLOP/s."
+        )
+        return [
+            f"## {title}",
+            f"{explained} {'' if gpu else 'Not yet measured on a GPU.'}".strip(),
+            table,
+            *_reasons(rows),
+            speeds,
+            _origin(content, path, root),
+        ]
+
+    return section
+
+
+def _worst(row: dict[str, Any], name: str) -> str:
+    return f"{max(row['errors'][name].values()):.1e}"
+
+
+def _relative(row: dict[str, Any], name: str) -> str:
+    """Time as a multiple of the first one's, worst error, and memory where it was measured."""
+    if name not in row["timings"]:
+        return ""
+    parts = [f"{row['ratios'][name]:.2f} times", f"error {_worst(row, name)}"]
+    if "peak_bytes" in row:
+        parts.append(f"{row['peak_bytes'][name] / 2**20:,.0f} MiB")
+    if row["timed_by"][name] != row["timed_by"][row["ratio_to"]]:
+        parts.append("with the host's part")
+    return ", ".join(parts)
+
+
+def _bars_section(files: dict[str, Path], root: Path) -> list[str]:
+    """What the kernels are held to, whatever has been measured."""
+    contents = {suite: json.loads(path.read_text(encoding="utf-8")) for suite, path in files.items()}
+    rows = {suite: content["rows"] for suite, content in contents.items() if "rows" in content}
+    parts = [
+        "## What the kernels are held to",
+        f"On one H100, bfloat16, with the shapes of {MODEL} (D 2048, F 768, E 128, K 8) unless more are "
+        "named. Useful FLOPs: 6·T·K·D·F forward, twice that backward.",
+        _table(["", "wanted", "measured", "holds"], [bar.line(rows) for bar in BARS]),
+    ]
+    used = [suite for suite in ("route", "plan", "combine", "expert_ffn") if suite in contents]
+    return parts + [_origin(contents[suite], files[suite], root) for suite in used]
 
 
 def _microseconds(row: dict[str, Any], name: str) -> str:
     if name in row["timings"]:
         return _spread(row["timings"][name], unit=1e6)
-    return "cannot be captured" if name in row["not_timed"] else ""
+    return "not timed" if name in row["not_timed"] else ""
 
 
 def _compiled_section(content: dict[str, Any], path: Path, root: Path) -> list[str]:
@@ -241,7 +337,26 @@ def _compiled_section(content: dict[str, Any], path: Path, root: Path) -> list[s
     ]
 
 
+_FLOOR = (
+    "The floor is the larger of useful FLOPs over the speed of a large product and the bytes that must move "
+    "over the speed of a copy (`benchmarks/floor.py`); errors are rms against float64, of the worst result."
+)
 _SECTIONS = {
+    "attention_mix": _product_section(
+        "Output projection of a mixture of attention",
+        "`attention_mix` against gates times outputs and one product in PyTorch, and against a loop over the "
+        f"experts. {_FLOOR}",
+    ),
+    "expert_ffn": _product_section(
+        "Expert layer",
+        "`expert_ffn` from the chosen experts on, planning included, against other expert layers from the "
+        f"same choices. Timed in turns; medians. {_FLOOR}",
+    ),
+    "grouped_gemm": _product_section(
+        "Products of the experts",
+        "`grouped_gemm` on rows in expert order, the up-projection of gate and up together and the "
+        f"down-projection. Timed in turns; medians. {_FLOOR}",
+    ),
     "demo": _demo_section,
     "attention_mixture": _ratio_section(
         "Soft mixture of attention",
@@ -265,8 +380,8 @@ _SECTIONS = {
     ),
     "permute": _moving_section(
         "Moving rows to expert order and back",
-        "`gather_rows` and `scatter_rows` against `index_select`, its sum and `index_add`. bfloat16. Timed "
-        "in turns; medians.",
+        "`gather_rows` and `scatter_rows` against `index_select`, its sum and `index_add`; planning and "
+        "gathering together against sorting and `index_select`. bfloat16. Timed in turns; medians.",
     ),
     "plan": _moving_section(
         "Planning",
