@@ -19,6 +19,7 @@ _HOME = {
     "MoEFeedForward": "layers",
     "SoftRouter": "layers",
     "TopKRouter": "layers",
+    "TopKSoftRouter": "layers",
     "load_balancing_loss": "layers",
     "mean_gate_balance_loss": "layers",
     "z_loss": "layers",

@@ -4,19 +4,31 @@ Head order: with own keys and values [expert][head]; with shared keys and values
 group], because grouped-query kernels expect the queries of one key-value head to be neighbours. Both are one
 view of the attention's output, `o_TSAQ`: S = 1 and Q = H·P, or S = key-value heads and Q = (H / key-value
 heads)·P.
+
+With `top_k` below the number of experts, a token's query and output projections are those of its K experts:
+grouped products over N = T·K rows, whose Q is H·P. Shared keys and values then need K·H heads in the order
+[kv head][choice][head in group]. Own keys and values differ by expert, so that no fixed set of heads serves
+every token: the call has all A·H heads, with a query of zero where a token did not choose the expert.
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from moe_runtime_kernels import attention_mix
+from moe_runtime_kernels import (
+    RoutingPlan,
+    attention_mix,
+    combine,
+    gathered_grouped_gemm,
+    make_plan,
+    scatter_rows,
+)
 from torch import Tensor, nn
 
 from moe_runtime.config import AttentionConfig
 from moe_runtime.linear import Linear
 from moe_runtime.norms import make_norm
-from moe_runtime.routers import INITIAL_STD, SoftRouter
+from moe_runtime.routers import INITIAL_STD, SoftRouter, TopKSoftRouter
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin, [B or 1, L, R], of the R rotated pairs of every head; float32
 
@@ -26,16 +38,23 @@ class MixtureOfAttention(nn.Module):
     attention.
 
     `attend` computes the attention itself and may hold a cache; the default is causal attention by PyTorch.
-    It is called as `attend(query, key, value, **attend_arguments)` with query [B, all heads, L, P], key and
-    value [B, all key-value heads, L, P], and returns ([B, L, all heads, P], anything).
+    It is called as `attend(query, key, value, **attend_arguments)` with query [B, heads, L, P], key and value
+    [B, all key-value heads, L, P], and returns ([B, L, heads, P], anything). The heads are those of all
+    experts, or with `top_k` and shared keys and values those of each token's K experts.
     """
 
     def __init__(self, config: AttentionConfig, attend: nn.Module | None = None) -> None:
         super().__init__()
         D, P, A = config.hidden_size, config.head_dim, config.num_experts
         heads, kv_heads = config.total_heads, config.total_kv_heads
+        S = 1 if config.kv == "expert" else config.num_kv_heads
+        is_sparse = config.experts_per_token < A
         self.config = config
-        self.q_proj = Linear(D, heads * P, bias=config.bias)
+        self.q_proj: Linear | RoutedQueryProjection
+        if is_sparse:
+            self.q_proj = RoutedQueryProjection(D, heads * P, num_experts=A, slots=S, bias=config.bias)
+        else:
+            self.q_proj = Linear(D, heads * P, bias=config.bias)
         self.k_proj = Linear(D, kv_heads * P, bias=config.bias)
         self.v_proj = Linear(D, kv_heads * P, bias=config.bias)
         self.q_norm = self.k_norm = None
@@ -43,19 +62,27 @@ class MixtureOfAttention(nn.Module):
             self.q_norm = make_norm(config.qk_norm, heads, P, eps=config.norm_eps)
             self.k_norm = make_norm(config.qk_norm, kv_heads, P, eps=config.norm_eps)
         self.attend = CausalAttention(config.sliding_window) if attend is None else attend
-        self.router: SoftRouter | None = None
-        self.o_proj: Linear | MixtureProjection
+        self.router: SoftRouter | TopKSoftRouter | None = None
+        self.o_proj: Linear | MixtureProjection | RoutedMixtureProjection
         if A == 1:
             self.o_proj = Linear(heads * P, D, bias=config.output_bias)
+        elif is_sparse:
+            K = config.experts_per_token
+            self.router = TopKSoftRouter(D, A, top_k=K, renormalise=config.renormalise_top_k)
+            self.o_proj = RoutedMixtureProjection(
+                heads * P, D, num_experts=A, slots=S, bias=config.output_bias
+            )
         else:
-            self.router = SoftRouter(D, A, top_k=config.top_k, renormalise=config.renormalise_top_k)
+            self.router = SoftRouter(D, A)
             self.o_proj = MixtureProjection(heads * P, D, num_experts=A, bias=config.output_bias)
 
     def forward(self, x_BLD: Tensor, rotary: Rotary | None = None, **attend_arguments: Any) -> Tensor:
         """x_BLD -> y_BLD. `rotary` turns queries and keys, see `rotary_tables`; None encodes no position."""
-        query = self._heads(x_BLD, self.q_proj, self.q_norm, rotary)
-        key = self._heads(x_BLD, self.k_proj, self.k_norm, rotary)
-        value = self._heads(x_BLD, self.v_proj)
+        if isinstance(self.router, TopKSoftRouter):
+            return self._chosen_experts(x_BLD, rotary, attend_arguments)
+        query = self._heads(self.q_proj(x_BLD), self.q_norm, rotary)
+        key = self._heads(self.k_proj(x_BLD), self.k_norm, rotary)
+        value = self._heads(self.v_proj(x_BLD))
         attended, _ = self.attend(query, key, value, **attend_arguments)
         del query, key, value  # their memory serves what follows: fresh pages are dear on a CPU
         if self.router is None:
@@ -67,17 +94,58 @@ class MixtureOfAttention(nn.Module):
         o_TSAQ = attended.reshape(x_BLD.shape[0] * x_BLD.shape[1], S, self.config.num_experts, Q)
         return self.o_proj(o_TSAQ, self.router(x_BLD.flatten(0, 1))).view(x_BLD.shape)
 
+    def _chosen_experts(
+        self, x_BLD: Tensor, rotary: Rotary | None, attend_arguments: dict[str, Any]
+    ) -> Tensor:
+        """The same for the K experts of each token."""
+        config, (B, L, _) = self.config, x_BLD.shape
+        A, K, Q = config.num_experts, config.experts_per_token, config.num_heads * config.head_dim
+        own = config.kv == "expert"
+        S = 1 if own else config.num_kv_heads
+        x_TD = x_BLD.flatten(0, 1)
+        weight_TK, expert_TK = self.router(x_TD)  # type: ignore[misc]
+        plan = make_plan(expert_TK, A)
+        # rows in expert order -> the rows of a token next to each other
+        query_TKQ = scatter_rows(self.q_proj(x_TD, plan), _choices(plan)).view(B * L, K, Q)
+        if own:
+            query = self._heads(_Spread.apply(query_TKQ, expert_TK, A).view(B, L, A * Q), self.q_norm, rotary)
+        else:
+            which = self._heads_of(expert_TK).view(B, L, K * config.num_heads)
+            query = query_TKQ.view(B, L, K, S, Q // S).transpose(2, 3).reshape(B, L, K * Q)
+            query = self._heads(query, self.q_norm, rotary, which)
+        del query_TKQ
+        key = self._heads(self.k_proj(x_BLD), self.k_norm, rotary)
+        value = self._heads(self.v_proj(x_BLD))
+        attended, _ = self.attend(query, key, value, **attend_arguments)
+        del query, key, value
+        if own:
+            o_NQ = _Pick.apply(attended.reshape(B * L, A, Q), expert_TK).view(B * L * K, Q)
+        else:
+            o_NQ = attended.reshape(B * L, S, K, Q // S).transpose(1, 2).reshape(B * L * K, Q)
+        return self.o_proj(o_NQ, weight_TK, plan).view(x_BLD.shape)
+
+    def _heads_of(self, expert_TK: Tensor) -> Tensor:
+        """Which of all heads, [kv head][expert][head in group], those of a token's experts are, in the order
+        [kv head][choice][head in group].
+        """
+        S, A = self.config.num_kv_heads, self.config.num_experts
+        group = self.config.num_heads // S
+        head = torch.arange(S * A * group, device=expert_TK.device).view(S, A, group)
+        return head[:, expert_TK].movedim(0, 1).flatten(1)
+
     def _heads(
         self,
-        x_BLD: Tensor,
-        projection: nn.Module,
+        heads: Tensor,
         norm: nn.Module | None = None,
         rotary: Rotary | None = None,
+        which: Tensor | None = None,
     ) -> Tensor:
-        """Projected, normalised and turned heads, [B, heads, L, P]."""
-        heads = projection(x_BLD).unflatten(-1, (-1, self.config.head_dim))
+        """Heads [B, L, heads · P] normalised and turned, [B, heads, L, P]; `which` of all, if not all in
+        order.
+        """
+        heads = heads.unflatten(-1, (-1, self.config.head_dim))
         if norm is not None:
-            heads = norm(heads)
+            heads = norm(heads) if which is None else norm(heads, which)
         if rotary is not None:
             heads = rotate(heads, rotary, self.config.rope_interleaved)
         return heads.transpose(1, 2)
@@ -105,6 +173,117 @@ class MixtureProjection(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, bias={self.bias is not None}"
+
+
+class RoutedQueryProjection(nn.Module):
+    """The query projections of all attention experts, `weight [all heads · P, D]` in the order of the heads,
+    of which a token passes those of its K experts: 2·T·K·D·H·P FLOPs, K/A of a dense product's.
+
+    With S = `slots` above 1 (shared keys and values) the rows of an expert are not neighbours, and each
+    forward copies the weight into expert order: one pass over all of it, kept for backward. With S = 1 it is
+    a view.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, num_experts: int, slots: int, bias: bool
+    ) -> None:
+        super().__init__()
+        self.by_expert = (slots, num_experts, out_features // (slots * num_experts))
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=INITIAL_STD)
+
+    def forward(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+        """query_NQ in expert order, Q = H·P."""
+        weight_AQD = self.weight.unflatten(0, self.by_expert).transpose(0, 1).flatten(1, 2)
+        bias_AQ = None
+        if self.bias is not None:
+            bias_AQ = self.bias.unflatten(0, self.by_expert).transpose(0, 1).flatten(1)
+        return gathered_grouped_gemm(x_TD, weight_AQD, plan, bias_AQ)
+
+    def extra_repr(self) -> str:
+        O, D = self.weight.shape
+        return f"{D} -> {O}, {self.by_expert[1]} experts, bias={self.bias is not None}"
+
+
+class RoutedMixtureProjection(nn.Module):
+    """The output projections of all attention experts, `weight [D, all heads · P]` in the order of the heads,
+    of which a token passes and sums those of its K experts, times their gates.
+
+    Each expert has a bias row of its own, `bias [A, D]`, scaled by its gate like the rest of its output.
+    FLOPs are 2·T·K·D·H·P, K/A of MixtureProjection's. The columns of an expert lie apart in every row, so
+    that each forward copies the weight to [A, D, H·P]: one pass over all of it, kept for backward.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, num_experts: int, slots: int, bias: bool
+    ) -> None:
+        super().__init__()
+        self.by_expert = (slots, num_experts, in_features // (slots * num_experts))
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(num_experts, out_features)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=INITIAL_STD)
+
+    def forward(self, o_NQ: Tensor, weight_TK: Tensor, plan: RoutingPlan) -> Tensor:
+        """y_TD. The rows of o are in the order of (token, choice), Q = H·P."""
+        weight_ADQ = self.weight.unflatten(1, self.by_expert).permute(2, 0, 1, 3).flatten(2)
+        y_ND = gathered_grouped_gemm(o_NQ, weight_ADQ, _choices(plan), self.bias)
+        return combine(y_ND, weight_TK, plan)
+
+    def extra_repr(self) -> str:
+        D, I = self.weight.shape
+        return f"{I} -> {D}, {self.by_expert[1]} experts, bias={self.bias is not None}"
+
+
+def _choices(plan: RoutingPlan) -> RoutingPlan:
+    """The plan of N tokens with one choice each: every (token, choice) has a row of its own."""
+    return plan._replace(row_TK=plan.row_TK.reshape(-1, 1), token_N=plan.slot_N)
+
+
+class _Spread(torch.autograd.Function):
+    """rows_TKQ -> [T, A, Q], in the places of the chosen experts and zero elsewhere; `_Pick` is its gradient.
+
+    Two functions, because autograd's own gradient of a gather adds by atomics on a GPU. The experts of a
+    token differ, so that each place has one writer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows_TKQ: Tensor, expert_TK: Tensor, num_experts: int) -> Tensor:
+        ctx.save_for_backward(expert_TK)
+        T, _, Q = rows_TKQ.shape
+        spread_TAQ = rows_TKQ.new_zeros(T, num_experts, Q)
+        return spread_TAQ.scatter_(1, _places(expert_TK, Q), rows_TKQ)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TAQ: Tensor) -> tuple[Tensor | None, ...]:
+        (expert_TK,) = ctx.saved_tensors
+        return _Pick.apply(grad_TAQ, expert_TK), None, None
+
+
+class _Pick(torch.autograd.Function):
+    """o_TAQ -> [T, K, Q], the rows of the chosen experts; `_Spread` is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, o_TAQ: Tensor, expert_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(expert_TK)
+        _, ctx.num_experts, Q = o_TAQ.shape
+        return o_TAQ.gather(1, _places(expert_TK, Q))
+
+    @staticmethod
+    def backward(ctx: Any, grad_TKQ: Tensor) -> tuple[Tensor | None, ...]:
+        (expert_TK,) = ctx.saved_tensors
+        return _Spread.apply(grad_TKQ, expert_TK, ctx.num_experts), None
+
+
+def _places(expert_TK: Tensor, Q: int) -> Tensor:
+    """The index of a gather or scatter along the experts; a view that takes no memory of size T·K·Q."""
+    return expert_TK.long()[:, :, None].expand(-1, -1, Q)
 
 
 class CausalAttention(nn.Module):

@@ -126,7 +126,7 @@ class AttentionConfig:
     """Attention, or a mixture of attention over `num_experts` experts. Head counts are per expert.
 
     `kv`: every expert has its own keys and values (`expert`), or all read one set (`shared`). `top_k`: None
-    mixes all experts softly; a number keeps the k largest gates of each token and zeroes the others.
+    mixes all experts softly; a number computes for each token only the experts of its k largest gates.
     """
 
     hidden_size: int
@@ -167,6 +167,15 @@ class AttentionConfig:
     @property
     def total_kv_heads(self) -> int:
         return self.num_kv_heads * (self.num_experts if self.kv == "expert" else 1)
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.num_experts if self.top_k is None else self.top_k
+
+    @property
+    def attended_heads(self) -> int:
+        """Query heads of the attention call: with shared keys and values those of a token's experts only."""
+        return self.num_heads * (self.num_experts if self.kv == "expert" else self.experts_per_token)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,10 @@ What one query attends to has a named convention, for a context of n tokens and 
 A sliding window of w < n keys shortens `causal` and `half` (means rounded to a whole FLOP), and leaves `full`
 as it is.
 
-"Active" is what one token passes through: K of E experts, everything else whole. A mixture of attention
-computes all its experts for every token, also with `attention_top_k`, so all of them are active.
+"Active" is what one token passes through: K of E experts, everything else whole. Of a mixture of attention
+with `attention_top_k` these are the query and output projections of K attention experts. All keys and values
+are active, because later tokens may choose any expert. Scores and values are charged as the attention call
+computes them: for the K experts' heads where keys and values are shared, else for those of all experts.
 """
 
 from collections import Counter
@@ -39,11 +41,12 @@ def _check_at_least_one(**values: int) -> None:
 # --- parameters ---
 
 
-def _attention_parameters(config: AttentionConfig) -> Counter[str]:
+def _attention_parameters(config: AttentionConfig, *, active: bool) -> Counter[str]:
     D, P, mixture = config.hidden_size, config.head_dim, config.num_experts > 1
-    query, key_value = config.total_heads * P, config.total_kv_heads * P
+    num_used = config.experts_per_token if active else config.num_experts
+    query, key_value = num_used * config.num_heads * P, config.total_kv_heads * P
     weights = 2 * D * query + 2 * D * key_value
-    biases = config.bias * (query + 2 * key_value) + config.output_bias * config.num_experts * D
+    biases = config.bias * (query + 2 * key_value) + config.output_bias * num_used * D
     return Counter(
         attention=weights + biases,
         attention_router=mixture * config.num_experts * D,
@@ -83,7 +86,7 @@ def layer_parameters(config: ModelConfig, layer: int, *, active: bool = False) -
     block = config.block_config(layer)
     norms = block.num_norms * config.hidden_size * (2 if block.norm_bias else 1)
     return (
-        _attention_parameters(block.attention)
+        _attention_parameters(block.attention, active=active)
         + _feed_forward_parameters(block.feed_forward, active=active)
         + Counter(norms=norms)
     )
@@ -124,12 +127,11 @@ def attention_pairs(context: int, convention: Convention = "causal", window: int
 def _linear_flops(config: ModelConfig, layer: int) -> Counter[str]:
     """2 FLOPs for each active weight of one layer's matrices; attention scores are not among them."""
     attention, ffn = config.attention_config(layer), config.feed_forward_config(layer)
-    # one bias is an addition; those of several attention experts are a product with their gates
-    mixed_bias = attention.output_bias and attention.num_experts > 1
-    matrices = replace(attention, bias=False, output_bias=mixed_bias, qk_norm=None)
-    weights = _attention_parameters(matrices) + _feed_forward_parameters(
-        replace(ffn, bias=False), active=True
-    )
+    # a bias is an addition; those of a soft mixture are a product with their gates
+    soft = attention.experts_per_token == attention.num_experts > 1
+    matrices = replace(attention, bias=False, output_bias=attention.output_bias and soft, qk_norm=None)
+    weights = _attention_parameters(matrices, active=True)
+    weights += _feed_forward_parameters(replace(ffn, bias=False), active=True)
     return Counter({component: 2 * count for component, count in weights.items()})
 
 
@@ -143,7 +145,7 @@ def layer_flops(
     """
     attention = config.attention_config(layer)
     pairs = attention_pairs(context, convention, attention.sliding_window)
-    scores = round(4 * attention.total_heads * attention.head_dim * pairs / context)
+    scores = round(4 * attention.attended_heads * attention.head_dim * pairs / context)
     return _linear_flops(config, layer) + Counter(attention_scores=scores)
 
 
@@ -181,7 +183,7 @@ def decode_flops(config: ModelConfig, context: int) -> Counter[str]:
         attention = config.attention_config(layer)
         keys = min(context, attention.sliding_window or context)
         flops += _linear_flops(config, layer)
-        flops += Counter(attention_scores=4 * keys * attention.total_heads * attention.head_dim)
+        flops += Counter(attention_scores=4 * keys * attention.attended_heads * attention.head_dim)
     return flops
 
 
@@ -209,6 +211,7 @@ class DecodeBytes:
     """Bytes that one decode step of a batch moves; activations stay in caches and are left out.
 
     `weights` holds each weight in use once (experts by `expected_experts`) and one input row per sequence.
+    Attention experts are all in use, also with `attention_top_k`: their projections are read whole.
     """
 
     weights: int

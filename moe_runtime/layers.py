@@ -6,7 +6,7 @@ from moe_runtime.experts import Experts
 from moe_runtime.feed_forward import DenseFeedForward, MoEFeedForward
 from moe_runtime.losses import load_balancing_loss, mean_gate_balance_loss, z_loss
 from moe_runtime.norms import LayerNorm, RMSNorm
-from moe_runtime.routers import ExpertChoiceRouter, Routing, SoftRouter, TopKRouter
+from moe_runtime.routers import ExpertChoiceRouter, Routing, SoftRouter, TopKRouter, TopKSoftRouter
 
 __all__ = [
     "Block",
@@ -22,6 +22,7 @@ __all__ = [
     "Routing",
     "SoftRouter",
     "TopKRouter",
+    "TopKSoftRouter",
     "load_balancing_loss",
     "mean_gate_balance_loss",
     "rotary_tables",

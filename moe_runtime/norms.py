@@ -1,7 +1,8 @@
 """RMSNorm and LayerNorm over the last axis, with the weight a layer or each head of a layer owns.
 
 Both normalise in float32 whatever the input's dtype, round to it, and then apply the weight, as Llama does;
-they return the input's dtype.
+they return the input's dtype. Where x holds some heads of a layer only, `head`, integers of x's shape without
+its last axis, says which.
 """
 
 import torch
@@ -19,8 +20,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(shape))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return (F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight).to(x.dtype)
+    def forward(self, x: Tensor, head: Tensor | None = None) -> Tensor:
+        return (F.rms_norm(x, x.shape[-1:], eps=self.eps) * _weight(self.weight, head)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -35,12 +36,17 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(shape))
         self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+    def forward(self, x: Tensor, head: Tensor | None = None) -> Tensor:
+        y = F.layer_norm(x, x.shape[-1:], eps=self.eps) * _weight(self.weight, head)
+        return (y if self.bias is None else y + _weight(self.bias, head)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}, bias={self.bias is not None}"
+
+
+def _weight(weight: Tensor, head: Tensor | None) -> Tensor:
+    """The whole weight, or the row of each head; as an embedding, whose gradient sums in a fixed order."""
+    return weight if head is None else F.embedding(head, weight)
 
 
 def make_norm(kind: Norm, *shape: int, eps: float, bias: bool = False) -> RMSNorm | LayerNorm:

@@ -172,13 +172,30 @@ class ExpertChoiceRouter(nn.Module):
 
 
 class SoftRouter(nn.Module):
-    """A weight for every expert: softmax over all of them, or only its `top_k` largest entries and zeros."""
+    """A weight for every expert of a soft mixture: softmax over all of them."""
 
-    def __init__(
-        self, hidden_size: int, num_experts: int, *, top_k: int | None = None, renormalise: bool = False
-    ) -> None:
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
         super().__init__()
-        if top_k is not None and not 1 <= top_k <= num_experts:
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=INITIAL_STD)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """gate_TA, float32 (float64 for float64 input); rows sum to 1."""
+        return _float32_logits(x_TD, self.weight).softmax(dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]} experts"
+
+
+class TopKSoftRouter(nn.Module):
+    """The `top_k` largest entries of a softmax over all experts; with `renormalise` they sum to 1."""
+
+    def __init__(self, hidden_size: int, num_experts: int, *, top_k: int, renormalise: bool = False) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must be between 1 and num_experts ({num_experts}), got {top_k}")
         self.top_k = top_k
         self.renormalise = renormalise
@@ -188,8 +205,8 @@ class SoftRouter(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=INITIAL_STD)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """gate_TA, float32 (float64 for float64 input); rows sum to 1 unless a top-k is not renormalised.
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """weight_TK, float32 (float64 for float64 input), and expert_TK, int32; ties go to the lowest expert.
 
         Raises:
             ValueError: in training, if top_k = 1 is renormalised: the constant gate 1 would never train the
@@ -200,20 +217,15 @@ class SoftRouter(nn.Module):
                 "renormalise must be False with top_k = 1 in training: the gate is always 1 and the loss "
                 "never reaches the router"
             )
-        gate_TA = _float32_logits(x_TD, self.weight).softmax(dim=-1)
-        if self.top_k is None:
-            return gate_TA
-        # a stable sort, because topk leaves open which of two equal entries it returns
-        order_TA = gate_TA.detach().sort(dim=-1, descending=True, stable=True).indices
-        kept_TA = torch.zeros_like(gate_TA).scatter(1, order_TA[:, : self.top_k], 1.0)
-        gate_TA = gate_TA * kept_TA
-        return gate_TA / gate_TA.sum(dim=-1, keepdim=True) if self.renormalise else gate_TA
+        logits_TA = _float32_logits(x_TD, self.weight)
+        chosen = route_topk(logits_TA, self.top_k, gate="renorm" if self.renormalise else "raw")
+        return chosen.weight_TK, chosen.expert_TK
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]} experts, top_k={self.top_k}, renormalise={self.renormalise}"
 
 
-def _trains(router: TopKRouter | SoftRouter) -> bool:
+def _trains(router: TopKRouter | TopKSoftRouter) -> bool:
     return router.training and torch.is_grad_enabled() and router.weight.requires_grad
 
 

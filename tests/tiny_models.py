@@ -30,7 +30,16 @@ BAM = MOE | {
     "num_key_value_heads": 6,
 }
 BAM_SHARED_KV = BAM | {"attention_kv": "shared", "num_key_value_heads": 2}
-KINDS = {"dense": DENSE, "moe": MOE, "bam": BAM, "bam-shared-kv": BAM_SHARED_KV}
+BAM_TOP_K = BAM | {"attention_top_k": 2}
+BAM_SHARED_KV_TOP_K = BAM_SHARED_KV | {"attention_top_k": 2, "qk_norm": "rms_norm"}
+KINDS = {
+    "dense": DENSE,
+    "moe": MOE,
+    "bam": BAM,
+    "bam-shared-kv": BAM_SHARED_KV,
+    "bam-top-k": BAM_TOP_K,
+    "bam-shared-kv-top-k": BAM_SHARED_KV_TOP_K,
+}
 
 
 def tiny_model(kind: dict[str, Any] = MOE, *, seed: int = 0, **changes: Any) -> MoeRuntimeForCausalLM:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..routers import SoftRouter, TopKRouter
+from ..routers import SoftRouter, TopKRouter, TopKSoftRouter
 
 
 @torch.no_grad()
@@ -21,9 +21,8 @@ def start_routers(model: Any, rows: Mapping[str, Tensor], sharpness: float) -> N
         model: a mixture whose expert d came from domain d.
         rows: token ids [N, L] of each domain, in the order of the experts.
     """
-    routers = {
-        name: module for name, module in model.named_modules() if isinstance(module, TopKRouter | SoftRouter)
-    }
+    kinds = (TopKRouter, SoftRouter, TopKSoftRouter)
+    routers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     means: dict[str, list[Tensor]] = {name: [] for name in routers}
     for rows_NL in rows.values():
         for name, mean_D in _mean_inputs(model, routers, rows_NL).items():

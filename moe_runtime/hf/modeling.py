@@ -21,16 +21,30 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from moe_runtime.attention import MixtureProjection, Rotary
+from moe_runtime.attention import (
+    MixtureProjection,
+    Rotary,
+    RoutedMixtureProjection,
+    RoutedQueryProjection,
+)
 from moe_runtime.block import Block, BlockOutput
 from moe_runtime.experts import Experts
 from moe_runtime.linear import Linear
 from moe_runtime.norms import make_norm
 from moe_runtime.publishing import AUTO_MAP
-from moe_runtime.routers import SoftRouter, TopKRouter
+from moe_runtime.routers import SoftRouter, TopKRouter, TopKSoftRouter
 
 from .configuration import MoeRuntimeConfig
 
+# what transformers does not know how to draw, and has its weight drawn as that of a Linear
+DRAWN_LIKE_LINEAR = (
+    TopKRouter,
+    SoftRouter,
+    TopKSoftRouter,
+    MixtureProjection,
+    RoutedMixtureProjection,
+    RoutedQueryProjection,
+)
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
@@ -104,7 +118,7 @@ class MoeRuntimeAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = attention.head_dim
-        self.num_key_value_groups = attention.total_heads // attention.total_kv_heads
+        self.num_key_value_groups = attention.attended_heads // attention.total_kv_heads
         self.scaling = attention.head_dim**-0.5
         self.sliding_window = attention.sliding_window
         self.is_causal = True
@@ -211,7 +225,7 @@ class MoeRuntimePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, TopKRouter | SoftRouter | MixtureProjection):
+        if isinstance(module, DRAWN_LIKE_LINEAR):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, Experts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
@@ -219,6 +233,8 @@ class MoeRuntimePreTrainedModel(PreTrainedModel):
         zeros = {
             TopKRouter: ["selection_bias"],
             MixtureProjection: ["bias"],
+            RoutedQueryProjection: ["bias"],
+            RoutedMixtureProjection: ["bias"],
             Experts: ["gate_up_bias", "down_bias"],
         }
         for name in zeros.get(type(module), ()):

@@ -5,38 +5,25 @@ import math
 
 import pytest
 import torch
-from tiny_models import assert_equal_up_to_rounding, assert_same_function, perturb, randn
+from attention_layers import (
+    EVERYTHING,
+    KV_VARIANTS,
+    A,
+    B,
+    D,
+    H,
+    L,
+    P,
+    by_head,
+    gates,
+    kv_heads,
+    mixture,
+    query_heads,
+)
+from tiny_models import assert_equal_up_to_rounding, assert_same_function, randn
 from torch import Tensor, nn
 
 from moe_runtime.attention import MixtureOfAttention, rotary_tables, rotate
-from moe_runtime.config import AttentionConfig
-
-B, L, D, P, H, A = 2, 9, 12, 6, 4, 3
-KV_VARIANTS = [
-    pytest.param(kv, kv_heads, id=f"{kv}-kv-{kv_heads}-of-{H}-heads")
-    for kv in ("expert", "shared")
-    for kv_heads in (4, 2, 1)
-]
-EVERYTHING = {"bias": True, "output_bias": True, "qk_norm": "rms_norm"}
-
-
-def mixture(kv="expert", kv_heads=2, num_experts=A, **options) -> MixtureOfAttention:
-    torch.manual_seed(0)
-    made = MixtureOfAttention(
-        AttentionConfig(
-            hidden_size=D,
-            num_heads=H,
-            num_kv_heads=kv_heads,
-            head_dim=P,
-            num_experts=num_experts,
-            kv=kv,
-            **options,
-        )
-    )
-    for parameter in made.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    perturb(made)
-    return made
 
 
 def dense_like(layer: MixtureOfAttention, **options) -> MixtureOfAttention:
@@ -51,34 +38,6 @@ def rotary(dtype=torch.float32, width=P):
 
 def call(layer: MixtureOfAttention, x_BLD: Tensor) -> Tensor:
     return layer(x_BLD, rotary(torch.promote_types(x_BLD.dtype, torch.float32)))
-
-
-# --- where the heads of one attention expert are stored: written here a second time, as the definition ---
-
-
-def query_heads(config: AttentionConfig, expert: int) -> list[int]:
-    if config.kv == "expert":
-        return [expert * H + head for head in range(H)]
-    group = H // config.num_kv_heads
-    return [
-        (kv_head * A + expert) * group + head
-        for kv_head in range(config.num_kv_heads)
-        for head in range(group)
-    ]
-
-
-def kv_heads(config: AttentionConfig, expert: int) -> list[int]:
-    first = expert * config.num_kv_heads if config.kv == "expert" else 0
-    return list(range(first, first + config.num_kv_heads))
-
-
-def by_head(name: str, parameter: Tensor) -> Tensor:
-    """A view of a parameter with heads as the first axis."""
-    if name.endswith("norm.weight"):
-        return parameter
-    if name == "o_proj.weight":
-        return parameter.unflatten(1, (-1, P)).movedim(1, 0)
-    return parameter.unflatten(0, (-1, P))
 
 
 def expert_parameters(layer: MixtureOfAttention, expert: int) -> dict[str, Tensor]:
@@ -104,7 +63,9 @@ def single_expert(layer: MixtureOfAttention, expert: int, x_BLD: Tensor) -> Tens
 
 def loop(layer: MixtureOfAttention, x_BLD: Tensor) -> Tensor:
     """The definition: every attention expert by itself, weighted and summed."""
-    gate_BLA = layer.router(x_BLD.flatten(0, 1)).view(B, L, A)
+    c = layer.config
+    gate_TA = gates(layer.router, x_BLD.flatten(0, 1), c.top_k, c.renormalise_top_k)
+    gate_BLA = gate_TA.view(*x_BLD.shape[:2], A)
     return sum(gate_BLA[..., [a]].to(x_BLD.dtype) * single_expert(layer, a, x_BLD) for a in range(A))
 
 

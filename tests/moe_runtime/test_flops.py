@@ -298,6 +298,13 @@ BAM = replace(
     num_attention_heads=8,
     num_key_value_heads=4,
 )
+TOP_2_OF_3 = {
+    "num_attention_experts": 3,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 6,
+    "attention_top_k": 2,
+}
+SHARED_KV = {"attention_kv": "shared", "num_key_value_heads": 2}
 PARALLEL = {"block": "parallel", "num_norms": 1, "norm": "layer_norm"}
 MODELS = {
     "dense": DENSE,
@@ -315,7 +322,11 @@ MODELS = {
     "moe-shared": replace(MOE, shared_expert_intermediate_size=20, shared_expert_gate=True, mlp_bias=True),
     "bam-expert-kv": BAM,
     "bam-expert-kv-parallel": replace(BAM, **PARALLEL),
-    "bam-shared-kv": replace(BAM, attention_kv="shared", num_key_value_heads=2, attention_top_k=1),
+    "bam-expert-kv-top-k": replace(BAM, **TOP_2_OF_3),
+    "bam-expert-kv-top-k-biases": replace(BAM, **TOP_2_OF_3, attention_bias=True, attention_output_bias=True),
+    "bam-shared-kv": replace(BAM, attention_kv="shared", num_key_value_heads=2),
+    "bam-shared-kv-top-k": replace(BAM, **TOP_2_OF_3 | SHARED_KV, qk_norm="rms_norm"),
+    "bam-shared-kv-top-all": replace(BAM, **SHARED_KV, attention_top_k=2, attention_output_bias=True),
     "bam-shared-kv-parallel": replace(BAM, **PARALLEL, attention_kv="shared", num_key_value_heads=2),
     "bam-some-layers-biases": replace(
         BAM,

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from shape_names import checked_shape_names
-from tiny_models import BAM, BAM_SHARED_KV, MOE, tiny_model, tokens
+from tiny_models import BAM, BAM_SHARED_KV, BAM_SHARED_KV_TOP_K, BAM_TOP_K, MOE, tiny_model, tokens
 
 import moe_runtime
 from moe_runtime import layers
@@ -39,10 +39,11 @@ def test_names_load_only_when_used():
     "kind",
     [
         MOE | {"shared_expert_intermediate_size": 12, "sliding_window": 4, "expert_dropout": 0.1},
-        BAM | {"attention_top_k": 2, "attention_output_bias": True},
+        BAM_TOP_K | {"attention_output_bias": True, "qk_norm": "rms_norm"},
+        BAM_SHARED_KV_TOP_K | {"attention_output_bias": True},
         BAM_SHARED_KV | {"qk_norm": "layer_norm", "norm": "layer_norm", "norm_bias": True},
     ],
-    ids=["moe", "bam", "bam-shared-kv"],
+    ids=["moe", "bam-top-k", "bam-shared-kv-top-k", "bam-shared-kv"],
 )
 def test_shape_suffixes_hold(kind):
     model, ids = tiny_model(kind).train(), tokens(2, 9)

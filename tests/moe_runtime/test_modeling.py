@@ -7,6 +7,8 @@ import torch
 from tiny_models import (
     BAM,
     BAM_SHARED_KV,
+    BAM_SHARED_KV_TOP_K,
+    BAM_TOP_K,
     DENSE,
     KINDS,
     MOE,
@@ -257,9 +259,16 @@ def test_attention_implementations_agree(kind):
     torch.testing.assert_close(by_eager[real], by_sdpa[real], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [BAM, BAM_SHARED_KV], ids=["bam", "bam-shared-kv"])
-def test_flash_kernels_get_all_experts_in_one_call_per_layer(kind):
-    """flash-attn needs a GPU; a recording function sees what it would get, and hands it to SDPA."""
+@pytest.mark.parametrize(
+    ("kind", "heads"),
+    [(BAM, 12), (BAM_SHARED_KV, 12), (BAM_TOP_K, 12), (BAM_SHARED_KV_TOP_K, 8)],
+    ids=["bam", "bam-shared-kv", "bam-top-k", "bam-shared-kv-top-k"],
+)
+def test_flash_kernels_get_all_experts_in_one_call_per_layer(kind, heads):
+    """flash-attn needs a GPU; a recording function sees what it would get, and hands it to SDPA.
+
+    With a top-k and shared keys and values they are the experts of each token, here 2 of 3.
+    """
     calls = []
 
     def recording(module, query, key, value, attention_mask, **arguments):
@@ -274,7 +283,7 @@ def test_flash_kernels_get_all_experts_in_one_call_per_layer(kind):
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
     assert len(calls) == kind["num_hidden_layers"]
     query_shape, key_shape, mask, arguments = calls[0]
-    assert query_shape == (2, kind["num_attention_heads"], 9, kind["head_dim"])
+    assert query_shape == (2, heads, 9, kind["head_dim"])
     assert key_shape == (2, kind["num_key_value_heads"], 9, kind["head_dim"])
     assert mask is None
     assert arguments["scaling"] == kind["head_dim"] ** -0.5

@@ -7,7 +7,7 @@ from tiny_models import randn
 from moe_runtime.config import FeedForwardConfig, ModelConfig, RouterConfig
 from moe_runtime.feed_forward import MoEFeedForward
 from moe_runtime.losses import load_balancing_loss, z_loss
-from moe_runtime.routers import INITIAL_STD, ExpertChoiceRouter, SoftRouter, TopKRouter
+from moe_runtime.routers import INITIAL_STD, ExpertChoiceRouter, SoftRouter, TopKRouter, TopKSoftRouter
 
 D, E, T = 16, 6, 29
 
@@ -215,6 +215,7 @@ def test_weights_are_never_zero_at_first():
         ExpertChoiceRouter(256, 64, causal=False),
         TopKRouter(RouterConfig(hidden_size=256, num_experts=64, experts_per_token=2)),
         SoftRouter(256, 64),
+        TopKSoftRouter(256, 64, top_k=2),
     ):
         assert layer.weight.std().item() == pytest.approx(INITIAL_STD, rel=0.05)
 
@@ -227,29 +228,38 @@ class TestSoftRouter:
         exact_TA = (x_TD.double() @ layer.weight.double().T).softmax(-1)
         assert (gate_TA - exact_TA).abs().max() < 1e-6
 
+
+class TestTopKSoftRouter:
     @pytest.mark.parametrize("renormalise", [False, True])
-    def test_top_k_zeroes_the_rest(self, renormalise):
-        layer, x_TD = SoftRouter(D, E, top_k=2, renormalise=renormalise), randn(T, D)
-        gate_TA = layer(x_TD)
-        value_TK, expert_TK = (x_TD @ layer.weight.T).softmax(-1).topk(2)
+    def test_gates_are_the_largest_of_a_softmax(self, renormalise):
+        layer, x_TD = TopKSoftRouter(D, E, top_k=2, renormalise=renormalise), randn(T, D)
+        weight_TK, expert_TK = layer(x_TD)
+        value_TK, index_TK = (x_TD @ layer.weight.T).softmax(-1).topk(2)
         value_TK = value_TK / value_TK.sum(-1, keepdim=True) if renormalise else value_TK
-        torch.testing.assert_close(gate_TA.gather(1, expert_TK), value_TK)
-        assert ((gate_TA > 0).sum(-1) == 2).all()
+        torch.testing.assert_close(weight_TK, value_TK)
+        assert torch.equal(expert_TK, index_TK.int())
+
+    def test_gates_are_float32_in_every_model(self):
+        layer, x_TD = TopKSoftRouter(D, E, top_k=2).bfloat16(), randn(T, D, dtype=torch.bfloat16)
+        weight_TK, expert_TK = layer(x_TD)
+        assert (weight_TK.dtype, expert_TK.dtype) == (torch.float32, torch.int32)
+        exact_TE = (x_TD.double() @ layer.weight.double().T).softmax(-1)
+        assert (weight_TK - exact_TE.gather(1, expert_TK.long())).abs().max() < 1e-6
 
     def test_ties_go_to_the_lowest_expert(self):
-        layer = SoftRouter(D, 40, top_k=2)  # so many that an unstable sort would mix them up
+        layer = TopKSoftRouter(D, 40, top_k=2)  # so many that an unstable sort would mix them up
         torch.nn.init.zeros_(layer.weight)
-        assert (layer(randn(T, D)) > 0).int().tolist() == [[1, 1] + [0] * 38] * T
+        assert layer(randn(T, D))[1].tolist() == [[0, 1]] * T
 
     def test_constant_gate_raises_in_training(self):
-        layer = SoftRouter(D, E, top_k=1, renormalise=True)
+        layer = TopKSoftRouter(D, E, top_k=1, renormalise=True)
         with pytest.raises(ValueError, match="renormalise must be False with top_k = 1 in training"):
             layer.train()(randn(T, D))
-        assert (layer.eval()(randn(T, D)).sum(-1) == 1).all()
+        assert (layer.eval()(randn(T, D))[0] == 1).all()
 
     @pytest.mark.parametrize("top_k", [0, E + 1])
     def test_impossible_top_k_raises(self, top_k):
         with pytest.raises(
             ValueError, match=rf"top_k must be between 1 and num_experts \({E}\), got {top_k}"
         ):
-            SoftRouter(D, E, top_k=top_k)
+            TopKSoftRouter(D, E, top_k=top_k)

@@ -121,7 +121,7 @@ def test_bfloat16_autocast(kind):
 @pytest.mark.filterwarnings(
     "ignore:.*should not be instantiated:DeprecationWarning"
 )  # by torch's own tracing
-@pytest.mark.parametrize("kind", ["dense", "moe", "bam-shared-kv"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "bam-shared-kv", "bam-top-k", "bam-shared-kv-top-k"])
 def test_compiles_to_one_graph(kind):
     torch.compiler.reset()
     model, inputs = tiny_model(KINDS[kind]).train(), batch()
