@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.gpu_round import KERNEL_TESTS, SUITES, Part, parts, run_parts
+from benchmarks import gpu_round as round_of_parts
+from benchmarks.gpu_round import BARS, COMPARISONS, KERNEL_TESTS, PEERS, Part, longest, parts, run_parts
 
 ROOT = Path(__file__).resolve().parent.parent
 TEN_MINUTES = 600
@@ -39,17 +41,61 @@ def test_a_dry_run_passes_all_parts(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     _, _, summary = result.stdout.partition("--- summary\n")
     names = [line.partition(": passed, ")[0] for line in summary.splitlines()]
-    assert names == ["tests", *(f"bench {suite}" for suite in SUITES)]
-    assert {path.stem.split("_", 2)[2] for path in tmp_path.glob("*/*.json")} == set(SUITES)
+    assert names == ["test close", "small cases", "bars", "compare", "peers"]
+    assert {path.stem.split("_", 2)[2] for path in tmp_path.glob("*/*.json")} == {*BARS, *COMPARISONS}
 
 
 def test_the_round_fits_into_ten_minutes_and_names_what_exists(tmp_path):
     todo = parts(tmp_path, dry_run=False)
-    assert sum(part.seconds for part in todo) <= TEN_MINUTES
+    assert longest(todo) <= TEN_MINUTES
+    commands = [" ".join(part.command) for part in todo]
     for name in KERNEL_TESTS:
-        assert f"tests/kernels/{name}.py" in todo[0].command
-    for suite in SUITES:
+        assert (ROOT / f"tests/kernels/test_{name}.py").exists()
+        assert any(f"tests/kernels/test_{name}.py" in command for command in commands)
+    for suite in {*BARS, *COMPARISONS, *PEERS}:
         assert (ROOT / "benchmarks" / f"bench_{suite}.py").exists()
+    operations = {path.stem for path in (ROOT / "kernels/moe_runtime_kernels/_triton").glob("[a-z]*.py")}
+    assert operations & {
+        path.stem.removeprefix("test_") for path in (ROOT / "tests/kernels").glob("*.py")
+    } == set(KERNEL_TESTS), "an operation with kernels is not tested on a GPU"
+
+
+def test_correctness_comes_first_then_bars_then_peers(tmp_path):
+    kinds = [part.name.split()[0] for part in parts(tmp_path, dry_run=False)]
+    order = ["test", "memcheck", "bars", "compare", "peers"]
+    assert list(dict.fromkeys(kinds)) == order
+    assert kinds == sorted(kinds, key=order.index)
+
+
+@pytest.mark.parametrize("tool", [None, "/opt/tools/compute-sanitizer"])
+def test_small_cases_run_under_the_memory_checker_where_there_is_one(tmp_path, monkeypatch, tool):
+    monkeypatch.setattr(round_of_parts.shutil, "which", lambda name: tool)
+    (part,) = (part for part in parts(tmp_path, dry_run=False) if part.name == "memcheck")
+    if tool is None:
+        assert (part.command, part.absent) == ((), "compute-sanitizer is not on the PATH")
+    else:
+        assert part.command[:3] == (tool, "--tool", "memcheck")
+        assert part.command[-1] == "benchmarks.small_cases"
+        assert part.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+
+def test_parts_run_together_and_an_absent_tool_fails_nothing(capfd):
+    def meet(mine, other):  # each waits for the other, so that one after the other would never end
+        code = f"import os, time; open({mine!r}, 'w')\nwhile not os.path.exists({other!r}): time.sleep(0.01)"
+        return (sys.executable, "-c", f"{code}\nprint('met')")
+
+    with tempfile.TemporaryDirectory() as folder:
+        first, second = f"{folder}/first", f"{folder}/second"
+        todo = [
+            Part("first", meet(first, second), 60, together=True),
+            Part("second", meet(second, first), 60, together=True),
+            Part("checker", (), 0, together=True, absent="no such tool"),
+        ]
+        assert run_parts(todo) == 0
+    shown = capfd.readouterr().out
+    assert shown.count("met\n") == 2
+    assert "checker: absent: no such tool\n" in shown
+    assert "first: passed, " in shown
 
 
 def test_a_part_that_fails_or_hangs_does_not_stop_the_others(capfd):
