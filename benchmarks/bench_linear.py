@@ -1,4 +1,4 @@
-"""`moe_runtime.linear.Linear` against PyTorch's own float32 product, as inference on this CPU calls them."""
+"""`moe_runtime.linear.Linear` after `set_float32_matmul_precision("high")` against PyTorch's own product."""
 
 import pytest
 import torch
@@ -15,6 +15,15 @@ SHAPES = {  # input width, output width
 TINY = {"tiny": (16, 24)}
 
 
+@pytest.fixture
+def high_precision():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("high_precision")
 @pytest.mark.parametrize("tokens", [1, 16, 512])
 @pytest.mark.parametrize("shape", [*SHAPES, *TINY])
 def bench_linear(compare, tiny, shape, tokens):

@@ -1,7 +1,9 @@
 """Float32 matrix products on the CPU, by the faster of the two libraries that PyTorch carries.
 
 PyTorch gives float32 products to MKL, which runs AVX2 code on processors that are not Intel's; oneDNN, its
-library for bfloat16, uses their AVX-512. docs/performance.md has the measured ratio.
+library for bfloat16, uses their AVX-512. docs/performance.md has the measured ratio. But oneDNN sums each
+entry in one chain where MKL sums blocks of it, and rounds more. So it serves only those who asked for faster
+and less precise float32 products by PyTorch's own switch, `torch.set_float32_matmul_precision("high")`.
 """
 
 from pathlib import Path
@@ -24,11 +26,11 @@ ONEDNN_IS_FASTER = _onednn_is_faster()
 def onednn_takes(x: Tensor, weight_OI: Tensor) -> bool:
     """Whether `onednn_product` is right and faster for these operands; it has no gradient.
 
-    Rows further apart than their width would take oneDNN's slow general path. Setting
-    `torch.backends.mkldnn.enabled` to False switches it off.
+    Rows further apart than their width would take oneDNN's slow general path.
     """
     return bool(
-        x.device.type == "cpu"
+        torch.get_float32_matmul_precision() != "highest"
+        and x.device.type == "cpu"
         and x.dtype == weight_OI.dtype == torch.float32
         and ONEDNN_IS_FASTER
         and torch.backends.mkldnn.enabled

@@ -11,6 +11,10 @@ onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="ne
 @pytest.fixture(autouse=True)
 def _faster(monkeypatch):
     monkeypatch.setattr(_cpu, "ONEDNN_IS_FASTER", True)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 @onednn
@@ -39,6 +43,11 @@ def test_what_onednn_would_do_wrong_or_slowly_stays_with_pytorch():
     assert not _cpu.onednn_takes(x_MI, weight_OI.double())
     assert not _cpu.onednn_takes(x_MI[:0], weight_OI)
     assert _cpu.product(x_MI[:0], weight_OI).shape == (0, 4)
+
+
+def test_the_most_precise_product_is_pytorchs():
+    torch.set_float32_matmul_precision("highest")
+    assert not _cpu.onednn_takes(torch.randn(8, 16), torch.randn(4, 16))
 
 
 def test_pytorchs_switch_for_onednn_is_obeyed(monkeypatch):

@@ -6,7 +6,7 @@ from moe_runtime_kernels import _cpu
 from torch import nn
 
 from moe_runtime import linear
-from moe_runtime.linear import Linear, pytorch_products
+from moe_runtime.linear import Linear, precise_products
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
 
@@ -22,7 +22,10 @@ def used(monkeypatch):
 
     monkeypatch.setattr(_cpu, "ONEDNN_IS_FASTER", True)
     monkeypatch.setattr(linear, "onednn_product", spy)
-    return shapes
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield shapes
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -61,11 +64,19 @@ def test_compiled_layers_leave_the_choice_to_the_compiler(used):
     assert used == []
 
 
-def test_comparisons_can_ask_for_pytorchs_products(used):
+def test_comparisons_can_ask_for_the_precise_product(used):
     layer, x = Linear(24, 16), torch.randn(3, 24)
     with torch.no_grad():
-        with pytorch_products():
+        with precise_products():
             layer(x)
         assert used == []
         layer(x)
     assert used == [(3, 24)]
+
+
+def test_inference_is_pytorchs_unless_asked_otherwise(used):
+    torch.set_float32_matmul_precision("highest")  # PyTorch's default
+    layer, x = Linear(24, 16), torch.randn(3, 24)
+    with torch.no_grad():
+        layer(x)
+    assert used == []

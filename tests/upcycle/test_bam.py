@@ -131,15 +131,6 @@ def test_a_real_model_keeps_its_logits(kv, smollm2, run):
     router = {"gate": "straight_through"}
     result = verify(run(method="bam", sources=[smollm2] * 2, attention={"kv": kv}, router=router))
     assert result.must_be_equal
-    # The source itself is 7e-5 away from its float64 logits, which reach 36.
-    assert result.max_abs_diff < result.tolerance < 5e-4
-    # Without that rounding the two agree as closely as every other method's must in float32.
-    tokens = torch.arange(100, 148).view(2, 24)
-    logits = [_float64_logits(folder, tokens) for folder in (smollm2, result.path)]
-    assert (logits[0] - logits[1]).abs().max() < 1e-4
-
-
-def _float64_logits(folder, tokens):
-    model = load_causal_lm(folder, dtype=torch.bfloat16).double()
-    with torch.inference_mode():
-        return model(tokens, use_cache=False).logits
+    # The source itself is up to 2e-4 away from its float64 logits, which reach 36.
+    assert result.max_abs_diff < result.tolerance < 1e-3
+    assert result.max_abs_diff_float64 < 1e-4

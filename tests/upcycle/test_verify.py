@@ -1,6 +1,7 @@
 """`verify` fails what it should fail, and says why where it has no right to."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -67,7 +68,11 @@ def test_a_changed_weight_fails(dense, run):
     result = verify(folder)
     assert result.must_be_equal
     assert result.max_abs_diff > result.tolerance
+    assert result.max_abs_diff_float64 > 1e-4
     assert not result.passed
+    as_rounded = replace(result, max_abs_diff=0.0)  # as if float32 had hidden it
+    assert not as_rounded.passed
+    assert not replace(result, max_abs_diff_float64=0.0).passed
 
 
 def test_logits_that_are_not_finite_fail_where_no_equality_is_asked(dense, run):
