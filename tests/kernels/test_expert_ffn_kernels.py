@@ -172,10 +172,10 @@ def test_offsets_past_32_bits():
     sizes |= {"BLOCK_K": 1024, "GROUP": 8, "EXPERTS": 1, "PDL": False}
     a, h, dh = (torch.empty(2, F, dtype=torch.float16) for _ in range(3))
     plan = (offset, tile_end, 1, 2, D, F, 1)
-    _up_kernel[(1,)](x, token, matrix, None, h, a, *plan, **sizes)
+    _up_kernel[(1,)](x, token, matrix, None, None, h, a, *plan, **sizes)
     assert a.tolist() == h.tolist() == [[2.0], [1.0]]
     weight = torch.tensor([0.5, 3.0])
-    _dh_kernel[(1,)](x, token, slot, weight, matrix, h, dh, None, None, *plan, SLICES=1, **sizes)
+    _dh_kernel[(1,)](x, token, slot, weight, matrix, None, h, dh, None, None, *plan, SLICES=1, **sizes)
     assert dh.tolist() == [[1.0], [3.0]]
 
 

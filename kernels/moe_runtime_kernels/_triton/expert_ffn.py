@@ -30,7 +30,7 @@ from .launch import (
     wait_for_inputs,
 )
 from .permute import launch_scatter_rows
-from .tiles import row_tile, swizzle
+from .tiles import describable, descriptor_type, matrix_descriptor, matrix_tile, row_tile, swizzle
 
 # --- kernels: pointers end in _ptr; every block load is followed by its shape -----------
 
@@ -84,10 +84,20 @@ def _slices(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NUM: tl.constexpr):
 
 
 @triton.jit
+def _with_bias(acc, bias_ptr, at, there):
+    """acc plus its columns' bias, which is added if it is not None and is `there`."""
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + at, mask=there, other=0.0)  # [columns]
+        acc += bias.to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
 def _up_kernel(
     x_ptr,
     token_ptr,
     gate_up_ptr,
+    gate_up_desc,
     bias_ptr,
     h_ptr,
     a_ptr,
@@ -111,8 +121,13 @@ def _up_kernel(
     """Grid (num_tiles * cdiv(F, BLOCK_F),): a and h of BLOCK_M rows of one expert, or of the rows left over.
 
     GATED: a column of a needs a gate's and an up column of h; the tile of the matrix holds BLOCK_F rows of
-    the gate and then those of up, so that there is one product. Bias and h may be None.
+    the gate and then those of up, so that there is one product. `gate_up_desc` describes gate_up as
+    [E, G / F, F, D], or is None: pointer loads. Bias and h may be None.
+
+    PAIR: gate and up are two tiles and two products. A left operand that one load brings in two parts goes
+    through registers on Hopper, whose instruction takes 64 rows at a time, so that two products are no more.
     """
+    PAIR: tl.constexpr = GATED and SWAPPED and gate_up_desc is not None
     WIDTH: tl.constexpr = 2 * BLOCK_F if GATED else BLOCK_F
     G = 2 * F if GATED else F
     tile, block = swizzle(tl.program_id(0), num_tiles, tl.cdiv(F, BLOCK_F), GROUP)
@@ -125,7 +140,11 @@ def _up_kernel(
         c = tl.arange(0, WIDTH)
         g = tl.minimum(block.to(tl.int64) * BLOCK_F + c % BLOCK_F, F - 1) + (c // BLOCK_F).to(tl.int64) * F
         matrix_ptr = gate_up_ptr + expert.to(tl.int64) * G * D
-        acc = tl.zeros([WIDTH, BLOCK_M] if SWAPPED else [BLOCK_M, WIDTH], tl.float32)
+        if PAIR:
+            acc = tl.zeros([BLOCK_F, BLOCK_M], tl.float32)
+            up_acc = tl.zeros([BLOCK_F, BLOCK_M], tl.float32)
+        else:
+            acc = tl.zeros([WIDTH, BLOCK_M] if SWAPPED else [BLOCK_M, WIDTH], tl.float32)
         # the rows left over have no expert: no step, and zeros
         for start in range(0, tl.where(expert < E, D, 0), BLOCK_K):
             k = start + tl.arange(0, BLOCK_K).to(tl.int64)
@@ -136,22 +155,36 @@ def _up_kernel(
                 x_at, x_mask = token[:, None] * D + k[None, :], (k < D)[None, :]
                 u_at, u_mask = g[None, :] * D + k[:, None], (k < D)[:, None]
             x = tl.load(x_ptr + x_at, mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K], SWAPPED its transpose
-            u = tl.load(matrix_ptr + u_at, mask=u_mask, other=0.0)  # [BLOCK_K, WIDTH], SWAPPED its transpose
+            # u: [BLOCK_K, WIDTH], SWAPPED its transpose, PAIR only the gate's half
+            if gate_up_desc is None:
+                u = tl.load(matrix_ptr + u_at, mask=u_mask, other=0.0)
+            else:
+                u = gate_up_desc.load([expert, 0, block * BLOCK_F, start])
+                u = u.reshape(BLOCK_F if PAIR else WIDTH, BLOCK_K)
+                u = u if SWAPPED else u.trans()
             if SWAPPED:
                 acc = tl.dot(u, x, acc, input_precision="ieee")
             else:
                 acc = tl.dot(x, u, acc, input_precision="ieee")
+            if PAIR:
+                up = gate_up_desc.load([expert, 1, block * BLOCK_F, start]).reshape(BLOCK_F, BLOCK_K)
+                up_acc = tl.dot(up, x, up_acc, input_precision="ieee")
         allow_next_kernel(PDL)
         if SWAPPED:
             acc = tl.trans(acc)
-        if bias_ptr is not None:
-            bias_at = expert.to(tl.int64) * G + g
-            bias = tl.load(bias_ptr + bias_at, mask=g < tl.where(expert < E, G, 0), other=0.0)  # [WIDTH]
-            acc += bias.to(tl.float32)[None, :]
-        h = acc.to(a_ptr.dtype.element_ty)
+        has_bias = expert < E
+        bias_at = expert.to(tl.int64) * G
+        if not PAIR:
+            h = _with_bias(acc, bias_ptr, bias_at + g, has_bias).to(a_ptr.dtype.element_ty)
         if GATED:
             # in two slices: all at once, the index arithmetic of the stores is too many registers
-            gate, up = _halves(h, BLOCK_M, WIDTH)
+            if PAIR:
+                f = tl.minimum(block.to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F), F - 1)
+                gate = _with_bias(acc, bias_ptr, bias_at + f, has_bias).to(a_ptr.dtype.element_ty)
+                up = _with_bias(tl.trans(up_acc), bias_ptr, bias_at + F + f, has_bias)
+                up = up.to(a_ptr.dtype.element_ty)
+            else:
+                gate, up = _halves(h, BLOCK_M, WIDTH)
             gates, ups = _halves(gate, BLOCK_M, BLOCK_F), _halves(up, BLOCK_M, BLOCK_F)
             for i in tl.static_range(2):
                 f = block.to(tl.int64) * BLOCK_F + i * (BLOCK_F // 2) + tl.arange(0, BLOCK_F // 2)
@@ -208,6 +241,7 @@ def _dh_kernel(
     slot_ptr,
     weight_ptr,
     down_ptr,
+    down_desc,
     h_ptr,
     dh_ptr,
     a_ptr,
@@ -234,6 +268,7 @@ def _dh_kernel(
 
     Each of the three may be None; <da', a> is one float32 per row and block of columns. da' is finished in
     SLICES of its columns: all at once, the accumulator, h and what is made of them are too many registers.
+    `down_desc` describes down for tiles [BLOCK_K, BLOCK_F], or is None: pointer loads.
     """
     PRODUCT: tl.constexpr = dh_ptr is not None or part_ptr is not None
     WIDTH: tl.constexpr = BLOCK_F // SLICES
@@ -260,9 +295,11 @@ def _dh_kernel(
                 g = tl.load(
                     grad_ptr + g_at, mask=g_mask, other=0.0
                 )  # [BLOCK_M, BLOCK_K], SWAPPED its transpose
-                d = tl.load(
-                    matrix_ptr + d_at, mask=d_mask, other=0.0
-                )  # [BLOCK_K, BLOCK_F], SWAPPED its transpose
+                # [BLOCK_K, BLOCK_F], SWAPPED its transpose
+                if down_desc is None:
+                    d = tl.load(matrix_ptr + d_at, mask=d_mask, other=0.0)
+                else:
+                    d = matrix_tile(down_desc, expert, start, block * BLOCK_F, BLOCK_K, BLOCK_F, SWAPPED)
                 if SWAPPED:
                     acc = tl.dot(d, g, acc, input_precision="ieee")
                 else:
@@ -340,15 +377,21 @@ class FFNLaunch:
     """Tiles of `block_m` rows by `block_f` hidden columns, `block_k` of the model width at a time.
 
     A gated up-projection multiplies with 2 * block_f columns. `slices` are those of the backward kernel.
+    `tma`: the matrix is loaded through a TMA descriptor.
     """
 
     block_m: int
     block_f: int
     block_k: int
     swapped: bool
+    tma: bool = False
     slices: int = 1
     group: int = 8
     options: Options
+
+    def gate_up_block(self, gated: bool) -> tuple[int, int, int, int]:
+        """What one load brings of gate_up, [E, G / F, F, D]: gate and up together where they are columns."""
+        return (1, 2 if gated and not self.swapped else 1, self.block_f, self.block_k)
 
 
 def _tile_height(N: int, E: int) -> int:
@@ -381,7 +424,7 @@ def choose_up_launch(itemsize: int, N: int, E: int, *, gated: bool, aligned: boo
         N: routed rows.
         E: experts.
         gated: whether a hidden column takes two columns of the product.
-        aligned: of `aligned_to_16`.
+        aligned: of `aligned_to_16`, and `describable` for the matrices.
         family: of `device_family`.
     """
     block_m = _tile_height(N, E)
@@ -395,6 +438,7 @@ def choose_up_launch(itemsize: int, N: int, E: int, *, gated: bool, aligned: boo
         block_f=width // 2 if gated else width,
         block_k=64,
         swapped=block_m <= 32,
+        tma=large,
         options=Options(num_warps=8 if block_m >= 64 else 4, num_stages=stages),
     )
 
@@ -409,6 +453,7 @@ def choose_dh_launch(itemsize: int, N: int, E: int, *, aligned: bool, family: st
         block_f=128,
         block_k=64,
         swapped=block_m <= 32,
+        tma=family in ("cuda90", "cuda100"),
         slices=1 if block_m <= 32 else 4,
         options=Options(num_warps=8 if block_m == 128 else 4, num_stages=2 if family == "hip" else 3),
     )
@@ -441,13 +486,18 @@ def launch_expert_ffn(
     (E, D, F), G, N = down.shape, gate_up.shape[1], token.shape[0]
     h, a = x.new_empty(N if keep_h else 0, G), x.new_empty(N, F)
     if a.numel() > 0:
-        family, aligned = device_family(x.device), aligned_to_16((D, F), x, gate_up)
-        launch = choose_up_launch(x.itemsize, N, E, gated=G == 2 * F, aligned=aligned, family=family)
+        family, aligned = device_family(x.device), aligned_to_16((D, F), x, gate_up) and describable(gate_up)
+        gated = G == 2 * F
+        launch = choose_up_launch(x.itemsize, N, E, gated=gated, aligned=aligned, family=family)
+        gate_up_desc = None
+        if launch.tma:
+            gate_up_desc = matrix_descriptor(gate_up, (E, G // F, F, D), launch.gate_up_block(gated))
         num_tiles = tile_bound(N, E + 1, launch.block_m)
         _up_kernel[(num_tiles * triton.cdiv(F, launch.block_f),)](
             x,
             token,
             gate_up,
+            gate_up_desc,
             gate_up_bias,
             h if keep_h else None,
             a,
@@ -495,7 +545,7 @@ def launch_expert_ffn_backward(
     dweight = weight.new_empty(weight.shape if needs_weight else 0)
     grad = grad_out.to(x.dtype)
 
-    family, aligned = device_family(x.device), aligned_to_16((D, F), grad, down, h)
+    family, aligned = device_family(x.device), aligned_to_16((D, F), grad, down, h) and describable(down)
     launch = choose_dh_launch(x.itemsize, N, E, aligned=aligned, family=family)
     num_blocks = triton.cdiv(F, launch.block_f)
     dh = x.new_empty(N, G) if needs_x or needs_gate_up or needs_gate_up_bias else None
@@ -509,6 +559,7 @@ def launch_expert_ffn_backward(
             slot,
             weight,
             down,
+            matrix_descriptor(down, down.shape, (1, launch.block_k, launch.block_f)) if launch.tma else None,
             h,
             dh,
             weighted_a,
@@ -613,15 +664,19 @@ def _compilation(
     activation, gated, everything = variant
     pointer = f"*{dtype}"
     optional: dict[str, str]
+    block: tuple[int, ...]
     if what == "up":
         optional = {"bias_ptr": pointer, "h_ptr": pointer}
+        described, block = "gate_up_desc", launch.gate_up_block(gated)
         operands = {"x_ptr": pointer, "token_ptr": "*i32", "gate_up_ptr": pointer}
         results = {"a_ptr": pointer}
     else:
         optional = {"a_ptr": pointer, "part_ptr": "*fp32"}
+        described, block = "down_desc", (1, launch.block_k, launch.block_f)
         indices = {"token_ptr": "*i32", "slot_ptr": "*i32", "weight_ptr": "*fp32"}
         operands = {"grad_ptr": pointer, **indices, "down_ptr": pointer, "h_ptr": pointer, "dh_ptr": pointer}
         results = {}
+    descriptor = {described: descriptor_type(dtype, block)} if launch.tma else {}
     tile = {
         "SWAPPED": launch.swapped,
         "BLOCK_M": launch.block_m,
@@ -632,13 +687,22 @@ def _compilation(
         **({"SLICES": launch.slices} if what == "dh" else {}),
     }
     size = f"{launch.block_m}x{launch.block_f}x{launch.block_k} w{launch.options.num_warps}"
+    stages = f"s{launch.options.num_stages}{' tma' if launch.tma else ''}"
     kind = f"{activation}{' gated' if gated else ''}{' all' if everything else ''}"
     return Compilation(
         kernel=_up_kernel if what == "up" else _dh_kernel,
-        label=f"{dtype} {what} {size} s{launch.options.num_stages} {kind}"
+        label=f"{dtype} {what} {size} {stages} {kind}"
         f"{' odd' if not aligned and dtype != 'fp32' else ''}{' pdl' if pdl else ''}",
-        signature={**operands, **(optional if everything else {}), **results, **_SCHEDULE, **_SIZES},
+        signature={
+            **operands,
+            **descriptor,
+            **(optional if everything else {}),
+            **results,
+            **_SCHEDULE,
+            **_SIZES,
+        },
         constexprs={
+            **({} if launch.tma else {described: None}),
             **({} if everything else dict.fromkeys(optional)),
             "ACTIVATION": activation,
             "GATED": gated,

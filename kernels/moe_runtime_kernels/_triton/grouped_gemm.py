@@ -2,7 +2,8 @@
 
 One kernel: a program multiplies a tile of one expert's rows, gathered or not, with a block of columns of its
 matrix. The input gradient is the same product with the matrix read the other way round. Tiles of few rows
-swap the operands, so that the matrix has the 64 or more rows that Hopper's tensor cores take.
+swap the operands, so that the matrix has the 64 or more rows that Hopper's tensor cores take. Where there is
+a tensor memory accelerator (TMA), it loads the matrix.
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from .launch import (
     device_family,
     wait_for_inputs,
 )
-from .tiles import row_tile, swizzle
+from .tiles import describable, descriptor_type, matrix_descriptor, matrix_tile, row_tile, swizzle
 
 # --- kernels: pointers end in _ptr; every block load is followed by its shape -----------
 
@@ -33,6 +34,7 @@ def _grouped_gemm_kernel(
     x_ptr,
     token_ptr,
     weight_ptr,
+    weight_desc,
     bias_ptr,
     y_ptr,
     offset_ptr,
@@ -57,7 +59,8 @@ def _grouped_gemm_kernel(
     """Grid (num_tiles * cdiv(O, BLOCK_N),): BLOCK_M rows of one expert, or of the rows left over, by BLOCK_N
     columns.
 
-    The matrix of an expert is [O, I], or TRANSPOSED [I, O]. WHOLE_STEPS: BLOCK_K divides I.
+    The matrix of an expert is [O, I], or TRANSPOSED [I, O]. WHOLE_STEPS: BLOCK_K divides I. `weight_desc`
+    describes weight for tiles [BLOCK_N, BLOCK_K], TRANSPOSED [BLOCK_K, BLOCK_N], or is None: pointer loads.
     """
     tile, block = swizzle(tl.program_id(0), num_tiles, tl.cdiv(O, BLOCK_N), GROUP)
     wait_for_inputs(PDL)
@@ -88,9 +91,13 @@ def _grouped_gemm_kernel(
                 x_at = source[:, None] * I + k[None, :]
                 w_at = k[:, None] * O + o[None, :] if TRANSPOSED else o[None, :] * I + k[:, None]
                 w_mask = (o < O)[None, :] if WHOLE_STEPS else (o < O)[None, :] & (k < I)[:, None]
-            w = tl.load(
-                matrix_ptr + w_at, mask=w_mask, other=0.0
-            )  # [BLOCK_K, BLOCK_N], SWAPPED its transpose
+            # [BLOCK_K, BLOCK_N], SWAPPED its transpose
+            if weight_desc is None:
+                w = tl.load(matrix_ptr + w_at, mask=w_mask, other=0.0)
+            elif TRANSPOSED:
+                w = matrix_tile(weight_desc, expert, start, block * BLOCK_N, BLOCK_K, BLOCK_N, SWAPPED)
+            else:
+                w = matrix_tile(weight_desc, expert, block * BLOCK_N, start, BLOCK_N, BLOCK_K, not SWAPPED)
             if WHOLE_STEPS:
                 x = tl.load(x_ptr + x_at)  # [BLOCK_M, BLOCK_K], SWAPPED its transpose
             elif SWAPPED:
@@ -115,14 +122,22 @@ def _grouped_gemm_kernel(
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedLaunch:
-    """Tiles of `block_m` rows by `block_n` columns, `block_k` of the inner width at a time."""
+    """Tiles of `block_m` rows by `block_n` columns, `block_k` of the inner width at a time.
+
+    `tma`: the matrix is loaded through a TMA descriptor.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     swapped: bool
+    tma: bool = False
     group: int
     options: Options
+
+    def weight_block(self, transposed: bool) -> tuple[int, int, int]:
+        """What of the matrices one step loads."""
+        return (1, self.block_k, self.block_n) if transposed else (1, self.block_n, self.block_k)
 
 
 def choose_launch(itemsize: int, N: int, E: int, *, aligned: bool, family: str) -> GroupedLaunch:
@@ -133,7 +148,8 @@ def choose_launch(itemsize: int, N: int, E: int, *, aligned: bool, family: str) 
     Args:
         itemsize: bytes of an element, 2 or 4.
         N: rows of E experts together.
-        aligned: rows start where 16 bytes can be loaded at once; others are loaded element by element.
+        aligned: rows start where 16 bytes can be loaded at once, and the matrices are `describable`; others
+            are loaded element by element.
         family: of `device_family`.
     """
     wanted = triton.next_power_of_2(max(1, triton.cdiv(N, E)))
@@ -149,13 +165,14 @@ def choose_launch(itemsize: int, N: int, E: int, *, aligned: bool, family: str) 
             group=8,
             options=Options(num_warps=4, num_stages=2 if aligned else 1),
         )
-    wide = block_m == TILE_HEIGHTS[-1] and family in ("cuda90", "cuda100")
+    large = family in ("cuda90", "cuda100")
     stages = 2 if family == "hip" else 3 if block_m >= 64 or family == "cuda100" else 4
     return GroupedLaunch(
         block_m=block_m,
-        block_n=256 if wide else 128,
+        block_n=256 if large and block_m == TILE_HEIGHTS[-1] else 128,
         block_k=64,
         swapped=block_m < 64,
+        tma=large,
         group=8,
         options=Options(num_warps=8 if block_m == TILE_HEIGHTS[-1] else 4, num_stages=stages),
     )
@@ -184,7 +201,7 @@ def grouped_product(
     y = x.new_empty(N, O)
     if y.numel() == 0:
         return y
-    aligned = aligned_to_16((I, O), x, weight)
+    aligned = aligned_to_16((I, O), x, weight) and describable(weight)
     launch = choose_launch(x.itemsize, N, E, aligned=aligned, family=device_family(x.device))
     # one more group than experts: the rows left over
     num_tiles = tile_bound(N, E + 1, launch.block_m)
@@ -192,6 +209,7 @@ def grouped_product(
         x,
         token,
         weight,
+        matrix_descriptor(weight, weight.shape, launch.weight_block(transposed)) if launch.tma else None,
         bias,
         y,
         offset,
@@ -254,26 +272,27 @@ def _compilation(
 ) -> Compilation:
     """A gathered one with a bias is an up-projection, a transposed one an input gradient."""
     pointer, gathered = f"*{dtype}", kind == "gathered"
+    transposed, size = kind == "transposed", f"{launch.block_m}x{launch.block_n}x{launch.block_k}"
     signature = {
         "x_ptr": pointer,
         "token_ptr": "*i32" if gathered else "constexpr",
         "weight_ptr": pointer,
+        "weight_desc": descriptor_type(dtype, launch.weight_block(transposed)) if launch.tma else "constexpr",
         "bias_ptr": pointer if gathered else "constexpr",
         "y_ptr": pointer,
         "offset_ptr": "*i32",
         "tile_end_ptr": "*i32",
         **dict.fromkeys(("num_tiles", "N", "I", "O", "E"), "i32"),
     }
-    size = f"{launch.block_m}x{launch.block_n}x{launch.block_k}"
     return Compilation(
         kernel=_grouped_gemm_kernel,
-        label=f"{dtype} {size} {kind} {widths}{' pdl' if pdl else ''}",
+        label=f"{dtype} {size} {'tma ' if launch.tma else ''}{kind} {widths}{' pdl' if pdl else ''}",
         signature=signature,
         constexprs={
             **{name: None for name, type_ in signature.items() if type_ == "constexpr"},
             "GATHER": gathered,
             "BIAS": gathered,
-            "TRANSPOSED": kind == "transposed",
+            "TRANSPOSED": transposed,
             "SWAPPED": launch.swapped,
             "WHOLE_STEPS": widths == "whole",
             "BLOCK_M": launch.block_m,

@@ -1,7 +1,15 @@
-"""Jit helpers of the grouped kernels: which rows of which expert, and which columns, a program works on."""
+"""Helpers of the grouped kernels: which rows of which expert, and which columns, a program works on.
+
+Also the experts' matrices by descriptors for the tensor memory accelerator (TMA).
+"""
+
+import math
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
@@ -35,3 +43,35 @@ def expert_rows(expert, offset_ptr):
     """(first row, end) of an expert's rows, 64-bit."""
     first = tl.load(offset_ptr + (expert - 1), mask=expert > 0, other=0)
     return first.to(tl.int64), tl.load(offset_ptr + expert).to(tl.int64)
+
+
+@triton.jit
+def matrix_tile(
+    desc, expert, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """[ROWS, COLUMNS] of an expert's matrix, or its transpose; 0 outside of the matrix."""
+    tile = desc.load([expert, row, column]).reshape(ROWS, COLUMNS)
+    return tile.trans() if TRANSPOSED else tile
+
+
+def describable(weight: Tensor) -> bool:
+    """Whether a descriptor can hold contiguous matrices, which must be `aligned_to_16` besides.
+
+    Its sizes and coordinates have 31 bits, its strides, of which the first is the largest, 40 bits of bytes.
+    """
+    fits = all(0 < size < 2**31 for size in weight.shape)
+    return fits and math.prod(weight.shape[1:]) * weight.itemsize < 2**40
+
+
+def matrix_descriptor(weight: Tensor, shape: Sequence[int], block: Sequence[int]) -> TensorDescriptor:
+    """Of contiguous weight viewed as shape, for loads of blocks.
+
+    The strides are the shape's, because those of a tensor may be anything where its size is 1.
+    """
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return TensorDescriptor(weight, list(shape), strides, list(block))
+
+
+def descriptor_type(dtype: str, block: Sequence[int]) -> str:
+    """Triton's type of a descriptor, for compiling ahead of time."""
+    return f"tensordesc<{dtype}[{', '.join(map(str, block))}]>"
