@@ -1,4 +1,4 @@
-"""Nothing on the way to a kernel waits for the device: launchers read no value, and graphs hold the layers."""
+"""Nothing on the way to a kernel waits for the device: launchers read no value, and graphs hold layers."""
 
 from collections.abc import Callable
 
@@ -79,7 +79,8 @@ def test_layers_need_no_value_of_a_tensor(dtype, batch, length, kernels_do_nothi
             (out.x_BLD.float().sum() + out.balance_loss + out.z_loss).backward()
         assert x_BLD.grad.shape == x_BLD.shape
         ran |= launchers.ran
-    assert ran == set(KERNELS), "some operation has no layer here"
+    # main gradients are given to operations, not to layers
+    assert {name for name in KERNELS if "add_weight_grad" not in name} == ran, "a layer is missing here"
     assert kernels_do_nothing
 
 
