@@ -1,5 +1,5 @@
-"""`python -m benchmarks run` times the suites, `… aot` compiles the kernels for GPUs that are not here and
-`… report` rewrites the tables made from the results."""
+"""`python -m benchmarks run` times the suites, `… aot` compiles the kernels for GPUs that are not here,
+`… tune` measures launches on one that is, and `… report` rewrites the tables made from the results."""
 
 import argparse
 import sys
@@ -55,11 +55,14 @@ def main() -> int:
         help="leave out other libraries, some of which tune themselves for minutes",
     )
     timing.set_defaults(call=run)
-    from benchmarks import aot
+    from benchmarks import aot, tune
 
     compiling = commands.add_parser("aot", help="compile every kernel without a GPU and check the result")
     aot.add_arguments(compiling)
     compiling.set_defaults(call=aot.main)
+    tuning = commands.add_parser("tune", help="measure launches on a GPU and write the table of the fastest")
+    tune.add_arguments(tuning)
+    tuning.set_defaults(call=tune.main)
     tables = commands.add_parser(
         "report", help="rewrite README's table and docs/performance.md from the results"
     )

@@ -337,6 +337,28 @@ def _compiled_section(content: dict[str, Any], path: Path, root: Path) -> list[s
     ]
 
 
+def _tuned_section(content: dict[str, Any], path: Path, root: Path) -> list[str]:
+    """What `python -m benchmarks tune` found: the key of the table, the closed form's time, the winner's."""
+    table = _table(
+        ["kernel", "key", "launches timed", "closed form (µs)", "fastest (µs)", "in the table"],
+        [
+            [
+                row["kernel"],
+                " ".join(map(str, row["key"])),
+                str(row["candidates"]),
+                *(f"{1e6 * row[name]:.1f}" for name in ("closed_form_s", "seconds")),
+                "yes" if row["worth_it"] else "no",
+            ]
+            for row in content["rows"]
+        ],
+    )
+    explained = (
+        "Launches by `python -m benchmarks tune`, by family of the device, bytes of an element, inner width, "
+        "outer width and rows per expert. Replayed from CUDA graphs, in turns; medians."
+    )
+    return ["## Tuned launches", explained, table, _origin(content, path, root)]
+
+
 _FLOOR = (
     "The floor is the larger of useful FLOPs over the speed of a large product and the bytes that must move "
     "over the speed of a copy (`benchmarks/floor.py`); errors are rms against float64, of the worst result."
@@ -393,4 +415,5 @@ _SECTIONS = {
         "`route_topk` from float32 logits, which also gives the load and both auxiliary losses, against "
         "routers that give gates and experts only. Timed in turns; medians.",
     ),
+    "tune": _tuned_section,
 }

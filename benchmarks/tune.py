@@ -1,0 +1,461 @@
+"""Time the launches that a kernel could have and write the fastest into `_triton/tuned.py`.
+
+For each kernel, shape and number of tokens: the closed form's choice and what differs from it in at most two
+fields; those that the ahead-of-time gate refuses (spills, shared memory, 32-bit addresses) are never timed.
+The rest are timed in turns, the best of them again. An entry is written where the winner is faster than the
+closed form by more than WORTH_IT; entries for other keys stay. The result file names device, versions,
+commit and every time. Without a GPU it says so and does nothing; `--dry-run` searches with made-up times and
+writes no table.
+"""
+
+import argparse
+import json
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from importlib import import_module
+from itertools import combinations, product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from benchmarks.shapes import EXPERTS, ExpertShape
+
+HERE = Path(__file__).resolve().parent
+TABLE_FILE = HERE.parent / "kernels" / "moe_runtime_kernels" / "_triton" / "tuned.py"
+MARK = "# --- measured: written by `python -m benchmarks tune` "
+WORTH_IT = 1.02
+ROUNDS, FINAL_ROUNDS, FINALISTS = 5, 30, 4
+GRAPH_LAUNCHES = 10
+TOKENS = (1, 16, 128, 1024, 8192, 32768)
+MODELS = ("qwen3-30b-a3b", "olmoe-1b-7b")
+
+# what a field may be; a kernel has some of them
+SPACE: dict[str, tuple[Any, ...]] = {
+    "block_m": (16, 32, 64, 128),
+    "block_n": (64, 128, 256),
+    "block_f": (64, 128, 256),
+    "block_o": (64, 128, 256),
+    "block_i": (64, 128, 256),
+    "block_k": (32, 64, 128),
+    "block_r": (32, 64, 128),
+    "slices": (1, 2, 4),
+    "tma": (False, True),
+    "group": (1, 4, 8, 16),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4),
+}
+OPTIONS = ("num_warps", "num_stages")
+
+
+# --- what is tuned ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tunable:
+    """A kernel by its name in the table.
+
+    Args:
+        file: of `_triton/`, and `choice` its function that chooses a launch.
+        labels: words of the label of its compilations.
+        unused: fields of its launch that it does not read.
+        widths: (inner, outer) of its product in a shape.
+        call: what is timed, for a shape and a number of tokens, on a GPU.
+    """
+
+    kernel: str
+    file: str
+    choice: str
+    labels: tuple[str, ...]
+    widths: Callable[[ExpertShape], tuple[int, int]]
+    call: Callable[[ExpertShape, int], Callable[[], Any]]
+    unused: tuple[str, ...] = ()
+
+    def module(self) -> Any:
+        return import_module(f"moe_runtime_kernels._triton.{self.file}")
+
+    def closed_form(self, shape: ExpertShape, T: int, family: str) -> Any:
+        """What would be chosen if the table were empty."""
+        keywords: dict[str, Any] = {"aligned": True, "family": family}
+        if self.file == "grouped_wgrad":
+            return getattr(self.module(), self.choice)(2, **keywords)
+        if self.kernel == "expert_ffn up gated":
+            keywords["gated"] = True
+        return getattr(self.module(), self.choice)(2, T * shape.K, shape.E, **keywords)
+
+
+@contextmanager
+def chosen(tunable: Tunable, launch: Any) -> Iterator[None]:
+    """Inside, the kernel's launch choice is this launch, whatever the sizes."""
+    module = tunable.module()
+    choose = getattr(module, tunable.choice)
+    setattr(module, tunable.choice, lambda *sizes, **keywords: launch)
+    try:
+        yield
+    finally:
+        setattr(module, tunable.choice, choose)
+
+
+def _call(kind: str, shape: ExpertShape, T: int) -> Callable[[], Any]:
+    """One launch, or the few of an operation of which one is tuned, on random numbers."""
+    import torch
+    from moe_runtime_kernels import make_plan
+
+    from benchmarks.exact import make_layer
+
+    layer = make_layer(T, shape.D, shape.F, shape.E, shape.K, "cuda")
+    plan = make_plan(layer.expert_TK, shape.E)
+    row, token, slot, offset, tile_end = plan
+    N = token.shape[0]
+
+    def normal(width: int) -> torch.Tensor:
+        return torch.randn(N, width, device="cuda").to(torch.bfloat16)
+
+    up, down, ops = layer.gate_up_EGD, layer.down_EDF, torch.ops.moe_runtime
+    if kind == "plain":
+        a = normal(shape.F)
+        return lambda: ops.grouped_gemm(a, down, offset, tile_end, None)
+    if kind == "gathered":
+        return lambda: ops.gathered_grouped_gemm(layer.x_TD, up, token, offset, tile_end, None)
+    if kind == "transposed":
+        dh = normal(2 * shape.F)
+        return lambda: ops.grouped_gemm_input_grad(dh, up, offset, tile_end)
+    if kind == "weight gradient":
+        dh = normal(2 * shape.F)
+        return lambda: ops.gathered_grouped_gemm_weight_grad(dh, layer.x_TD, token, offset)
+    schedule = (row, token, slot, offset, tile_end)
+    if kind == "up":
+        operands = (layer.x_TD, up, down, None, None, layer.weight_TK, None)
+        return lambda: ops.expert_ffn(*operands, *schedule, "silu", True)
+    h = normal(2 * shape.F)
+    # the cheapest gradients for which the kernel writes all that it can but w * a
+    needs = [False, False, False, True, False, True]
+    backward = (layer.grad_TD, layer.x_TD, up, down, None, layer.weight_TK)
+    return lambda: ops.expert_ffn_backward(*backward, *schedule, h, "silu", needs)
+
+
+TUNABLES = (
+    Tunable(
+        kernel="grouped_gemm plain",
+        file="grouped_gemm",
+        choice="choose_launch",
+        labels=("plain",),
+        widths=lambda shape: (shape.F, shape.D),
+        call=partial(_call, "plain"),
+    ),
+    Tunable(
+        kernel="grouped_gemm gathered",
+        file="grouped_gemm",
+        choice="choose_launch",
+        labels=("gathered",),
+        widths=lambda shape: (shape.D, 2 * shape.F),
+        call=partial(_call, "gathered"),
+    ),
+    Tunable(
+        kernel="grouped_gemm transposed",
+        file="grouped_gemm",
+        choice="choose_launch",
+        labels=("transposed",),
+        widths=lambda shape: (2 * shape.F, shape.D),
+        call=partial(_call, "transposed"),
+    ),
+    Tunable(
+        kernel="grouped_wgrad gathered x",
+        file="grouped_wgrad",
+        choice="choose_launch",
+        labels=("gathered", "x"),
+        widths=lambda shape: (shape.D, 2 * shape.F),
+        call=partial(_call, "weight gradient"),
+    ),
+    Tunable(
+        kernel="expert_ffn up gated",
+        file="expert_ffn",
+        choice="choose_up_launch",
+        labels=("up", "gated"),
+        widths=lambda shape: (shape.D, shape.F),
+        call=partial(_call, "up"),
+        unused=("slices",),
+    ),
+    Tunable(
+        kernel="expert_ffn dh",
+        file="expert_ffn",
+        choice="choose_dh_launch",
+        labels=("dh",),
+        widths=lambda shape: (shape.D, shape.F),
+        call=partial(_call, "dh"),
+    ),
+)
+
+
+# --- candidates -------------------------------------------------------------------------
+
+
+def fields_of(launch: Any) -> dict[str, Any]:
+    """A launch as the table has it: the options' fields beside its own. PDL is not the table's matter."""
+    fields = asdict(launch)
+    options = fields.pop("options")
+    return {**fields, **{name: options[name] for name in OPTIONS}}
+
+
+def changed(launch: Any, changes: dict[str, Any]) -> Any:
+    """The launch with other fields; few rows are the narrow side of a transposed tile, as in all kernels."""
+    options = replace(launch.options, **{name: v for name, v in changes.items() if name in OPTIONS})
+    sizes = {name: v for name, v in changes.items() if name not in OPTIONS}
+    if "block_m" in sizes and hasattr(launch, "swapped"):
+        sizes["swapped"] = sizes["block_m"] < 64
+    return replace(launch, **sizes, options=options)
+
+
+def candidates(launch: Any, unused: tuple[str, ...] = ()) -> list[Any]:
+    """The launch itself first, then all that differ from it in one field or two of SPACE."""
+    now = fields_of(launch)
+    names = [name for name in SPACE if name in now and name not in unused]
+    found = {launch: None}
+    for number in (1, 2):
+        for some in combinations(names, number):
+            others = [[value for value in SPACE[name] if value != now[name]] for name in some]
+            for values in product(*others):
+                found[changed(launch, dict(zip(some, values, strict=True)))] = None
+    return list(found)
+
+
+def refusals(kernel: str, launch: Any, family: str) -> list[str]:
+    """What the ahead-of-time gate says against a launch on the devices of a family."""
+    from benchmarks import aot
+
+    tunable = next(tunable for tunable in TUNABLES if tunable.kernel == kernel)
+    (target,) = (target.name for target in aot.TARGETS.values() if target.family == family)
+    path = str(aot.KERNEL_FILES / f"{tunable.file}.py")
+    with chosen(tunable, launch):
+        aot.compilations.cache_clear()
+        jobs = [
+            aot.Job(path, i, target, True)
+            for i, made in enumerate(aot.compilations(path))
+            if family in made.families and _is_of(made, tunable.labels)
+        ]
+        found = [sentence for job in jobs for sentence in aot.compile_job(job)[1]]
+    aot.compilations.cache_clear()
+    return found if jobs else [f"{kernel}: no compilation has the words {', '.join(tunable.labels)}"]
+
+
+def _is_of(compilation: Any, labels: tuple[str, ...]) -> bool:
+    """bfloat16, aligned, without programmatic dependent launch, and with these words in the label."""
+    words = compilation.label.split()
+    wanted = {"bf16", *labels} <= set(words)
+    return wanted and not compilation.options.pdl and "odd" not in words
+
+
+# --- search -----------------------------------------------------------------------------
+
+# so many launches, so many rounds -> seconds of each
+Timer = Callable[[Sequence[Any], int], list[float]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The fastest launch, its seconds and those of the closed form's choice, measured in the same turns."""
+
+    launch: Any
+    seconds: float
+    closed_form_s: float
+
+    def worth_it(self) -> bool:
+        return self.closed_form_s > WORTH_IT * self.seconds
+
+
+def search(launches: Sequence[Any], timer: Timer) -> Found:
+    """All launches in a few rounds, then the best and the first one, the closed form's, in many."""
+    seconds = timer(launches, ROUNDS)
+    order = sorted(range(len(launches)), key=lambda i: seconds[i])
+    finalists = list(dict.fromkeys([0, *order[:FINALISTS]]))
+    final = timer([launches[i] for i in finalists], FINAL_ROUNDS)
+    best = min(range(len(finalists)), key=lambda i: final[i])
+    return Found(launches[finalists[best]], final[best], final[0])
+
+
+def graph_timer(tunable: Tunable, call: Callable[[], Any]) -> Timer:
+    """Medians of replayed CUDA graphs, one for each launch, in turns."""
+    from benchmarks.alternate import captured, time_alternately
+
+    graphs: dict[Any, Callable[[], object]] = {}
+
+    def timer(launches: Sequence[Any], rounds: int) -> list[float]:
+        for launch in launches:
+            if launch not in graphs:
+                with chosen(tunable, launch):
+                    graphs[launch] = captured(call, GRAPH_LAUNCHES)
+        fns = {str(i): graphs[launch] for i, launch in enumerate(launches)}
+        timings = time_alternately(fns, rounds, calls=GRAPH_LAUNCHES)
+        return [timings[name].median_s for name in fns]
+
+    return timer
+
+
+def made_up_timer(launches: Sequence[Any], rounds: int) -> list[float]:
+    """Seconds that depend on nothing but the launch, for a dry run."""
+    return [1e-3 + 1e-3 * random.Random(repr(launch)).random() for launch in launches]
+
+
+# --- the table --------------------------------------------------------------------------
+
+Table = dict[str, dict[Any, dict[str, Any]]]
+
+
+def render(text: str, table: Table, origin: str) -> str:
+    """The table's file with this table: sorted, one entry a line where it fits, as ruff would have it."""
+    before, mark, _ = text.partition(MARK)
+    if not mark:
+        raise ValueError(f"the table's file must have the line {MARK!r}, got none")
+    dashes = "-" * (90 - len(MARK))
+    lines = [f"{before}{MARK}{dashes}", "", f"# {origin}"]
+    if not table:
+        return "\n".join([*lines, "TABLE: dict[str, dict[Key, Fields]] = {}"]) + "\n"
+    lines.append("TABLE: dict[str, dict[Key, Fields]] = {")
+    for kernel, entries in sorted(table.items()):
+        lines.append(f'    "{kernel}": {{')
+        for key, fields in sorted(entries.items()):
+            lines.append(f'        Key("{key[0]}", {", ".join(map(str, key[1:]))}): {{')
+            lines += [f'            "{name}": {value},' for name, value in fields.items()]
+            lines.append("        },")
+        lines.append("    },")
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader sees the old file or the new one."""
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
+    ) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def merged(table: Table, rows: Sequence[dict[str, Any]]) -> Table:
+    """The table with what was measured now; a key whose closed form is as fast as anything has no entry."""
+    result = {kernel: dict(entries) for kernel, entries in table.items()}
+    for row in rows:
+        entries = result.setdefault(row["kernel"], {})
+        entries.pop(row["key"], None)
+        if row["worth_it"]:
+            entries[row["key"]] = row["fields"]
+    return {kernel: entries for kernel, entries in result.items() if entries}
+
+
+# --- the command ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to search: kernels by their names, and (shape, tokens), each key once."""
+
+    kernels: tuple[str, ...]
+    cases: tuple[tuple[str, int], ...]
+
+    def points(self, family: str) -> Iterator[tuple[Tunable, ExpertShape, int, Any]]:
+        """Kernel, shape, tokens and key."""
+        from moe_runtime_kernels._triton.tuned import make_key
+
+        seen = set()
+        for tunable in TUNABLES:
+            if tunable.kernel not in self.kernels:
+                continue
+            for model, tokens in self.cases:
+                shape = EXPERTS[model]
+                rows = -(-tokens * shape.K // shape.E)
+                key = make_key(family, 2, *tunable.widths(shape), rows)
+                if (tunable.kernel, key) not in seen:
+                    seen.add((tunable.kernel, key))
+                    yield tunable, shape, tokens, key
+
+
+Accept = Callable[[Tunable, list[Any]], list[Any]]
+
+
+def gate(tunable: Tunable, launches: list[Any], family: str, processes: int) -> list[Any]:
+    """Those that the ahead-of-time gate accepts; the first is the closed form's and shipped already."""
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        found = pool.map(partial(refusals, tunable.kernel, family=family), launches[1:])
+        return [launches[0], *(launch for launch, no in zip(launches[1:], found, strict=True) if not no)]
+
+
+def tune(
+    plan: Plan, family: str, accept: Accept, timer_of: Callable[[Tunable, ExpertShape, int], Timer]
+) -> list[dict[str, Any]]:
+    """A row per kernel and key: the winner's fields and both times."""
+    rows = []
+    for tunable, shape, tokens, key in plan.points(family):
+        launches = accept(tunable, candidates(tunable.closed_form(shape, tokens, family), tunable.unused))
+        found = search(launches, timer_of(tunable, shape, tokens))
+        rows.append(
+            {
+                "kernel": tunable.kernel,
+                "key": key,
+                "tokens": tokens,
+                "candidates": len(launches),
+                "fields": fields_of(found.launch),
+                "seconds": found.seconds,
+                "closed_form_s": found.closed_form_s,
+                "worth_it": found.worth_it(),
+            }
+        )
+        gain = found.closed_form_s / found.seconds
+        print(f"{tunable.kernel} {tuple(key)}: {gain:.2f} times the closed form's speed", flush=True)
+    return rows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = [tunable.kernel for tunable in TUNABLES]
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the result file")
+    parser.add_argument("--kernels", nargs="+", choices=names, default=names, metavar="KERNEL")
+    parser.add_argument("--models", nargs="+", choices=list(EXPERTS), default=list(MODELS), metavar="MODEL")
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8))
+    parser.add_argument("--dry-run", action="store_true", help="made-up times, on a CPU too; writes no table")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Search, write the result file and, but for a dry run, the table."""
+    import torch
+
+    if not torch.cuda.is_available() and not arguments.dry_run:
+        print("There is no CUDA or ROCm GPU here, so nothing was tuned; --dry-run shows the search.")
+        return 0
+    plan = Plan(tuple(arguments.kernels), tuple(product(arguments.models, arguments.tokens)))
+    if arguments.dry_run:
+        print("A dry run: all times are made up.")
+        rows = tune(plan, "cuda90", lambda tunable, launches: launches, lambda *case: made_up_timer)
+    else:
+        from moe_runtime_kernels._triton.launch import device_family
+
+        family = device_family(torch.device("cuda"))
+        rows = tune(
+            plan,
+            family,
+            lambda tunable, launches: gate(tunable, launches, family, arguments.processes),
+            lambda tunable, shape, tokens: graph_timer(tunable, tunable.call(shape, tokens)),
+        )
+    from moe_runtime_kernels._triton.tuned import TABLE
+
+    from moe_runtime.machine import describe_machine, device_folder
+
+    machine = describe_machine()
+    name = f"{datetime.now(UTC):%Y-%m-%d}_{(machine['commit'] or 'nocommit')[:7]}_tune.json"
+    path = arguments.output / device_folder(machine) / name
+    origin = f"measured on {machine['device']}, {path.name}"
+    text = render(TABLE_FILE.read_text(encoding="utf-8"), merged(TABLE, rows), origin)
+    if arguments.dry_run:
+        print(text.partition(MARK)[2])
+        return 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"suite": "tune", "machine": machine, "rows": rows}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_atomically(TABLE_FILE, text)
+    print(f"wrote {path} and {TABLE_FILE}; now run `python -m benchmarks aot`")
+    return 0

@@ -1,0 +1,211 @@
+"""The search for launches with made-up times, the table's file, and that the ahead-of-time gate covers it."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import tune
+from benchmarks.shapes import EXPERTS
+
+if find_spec("triton") is None:
+    pytest.skip("needs Triton", allow_module_level=True)
+
+from moe_runtime_kernels._triton import tuned
+from moe_runtime_kernels._triton.grouped_gemm import GroupedLaunch, choose_launch
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = [tunable.kernel for tunable in tune.TUNABLES]
+EXPERTS_ROWS = [(1, 1), (2, 2), (3, 4), (512, 512), (513, 1024)]
+
+
+def run_tune(*options):
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", "tune", *options],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
+    before = tune.TABLE_FILE.read_text()
+    result = run_tune("--output", str(tmp_path))
+    assert result.returncode == 0
+    assert result.stdout == (
+        "There is no CUDA or ROCm GPU here, so nothing was tuned; --dry-run shows the search.\n"
+    )
+    assert not list(tmp_path.iterdir())
+    assert tune.TABLE_FILE.read_text() == before
+
+
+def test_a_dry_run_searches_every_kernel_and_writes_nothing(tmp_path):
+    before = tune.TABLE_FILE.read_text()
+    result = run_tune("--dry-run", "--output", str(tmp_path), "--models", "qwen3-30b-a3b", "--tokens", "128")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("A dry run: all times are made up.\n")
+    for name in NAMES:
+        assert f"\n{name} ('cuda90', 2, " in result.stdout
+        assert f'\n    "{name}": {{\n' in result.stdout
+    assert not list(tmp_path.iterdir())
+    assert tune.TABLE_FILE.read_text() == before
+
+
+def launch(**changes):
+    return tune.changed(choose_launch(2, 4096, 8, aligned=True, family="cuda90"), changes)
+
+
+def test_the_fastest_launch_wins_and_only_where_it_is_worth_it():
+    launches = [launch(), launch(block_n=64), launch(num_stages=2), launch(group=1)]
+    asked = []
+
+    def timer(seconds):
+        def measure(some, rounds):
+            asked.append((len(some), rounds))
+            return [seconds[launches.index(one)] for one in some]
+
+        return measure
+
+    found = tune.search(launches, timer([1.0, 2.0, 0.5, 3.0]))
+    assert (found.launch, found.seconds, found.closed_form_s) == (launches[2], 0.5, 1.0)
+    assert found.worth_it()
+    assert asked == [(4, tune.ROUNDS), (4, tune.FINAL_ROUNDS)]
+    assert not tune.search(launches, timer([1.0, 0.99, 3.0, 3.0])).worth_it()
+    assert tune.search(launches, timer([1.0, 2.0, 2.0, 2.0])).launch == launches[0]
+
+
+def test_the_closed_form_is_timed_again_even_if_it_came_last():
+    launches = [launch(), *(launch(group=group, block_n=n) for group in (1, 4) for n in (64, 128))]
+    finals = []
+
+    def timer(some, rounds):
+        if rounds == tune.FINAL_ROUNDS:
+            finals.extend(some)
+        return [9.0 if one == launches[0] else 1.0 for one in some]
+
+    tune.search(launches, timer)
+    assert finals[0] == launches[0]
+    assert len(finals) == tune.FINALISTS + 1
+
+
+@pytest.mark.parametrize("tunable", tune.TUNABLES, ids=NAMES)
+@pytest.mark.parametrize("tokens", [16, 8192])
+def test_candidates_are_launches_that_differ_in_at_most_two_fields(tunable, tokens):
+    first = tunable.closed_form(EXPERTS["qwen3-30b-a3b"], tokens, "cuda90")
+    found = tune.candidates(first, tunable.unused)
+    assert found[0] == first
+    assert len(found) == len(set(found)) > 20
+    start = tune.fields_of(first)
+    for one in found:
+        fields = tune.fields_of(one)
+        different = {name for name, value in fields.items() if value != start[name]} - {"swapped"}
+        assert len(different) <= 2
+        assert not different & set(tunable.unused)
+        assert fields.get("swapped", False) == (fields.get("block_m", 64) < 64)
+        assert tuned.as_launch(type(first), fields) == one
+
+
+def test_each_key_is_searched_once():
+    plan = tune.Plan(
+        ("grouped_gemm plain",), (("qwen3-30b-a3b", 1), ("qwen3-30b-a3b", 8), ("olmoe-1b-7b", 8192))
+    )
+    keys = [key for *_, key in plan.points("cuda90")]
+    assert keys == [("cuda90", 2, 1024, 2048, 1), ("cuda90", 2, 1024, 2048, 1024)]
+
+
+@pytest.mark.parametrize(("size", "rounded"), EXPERTS_ROWS)
+def test_keys_hold_powers_of_two_rounded_up(size, rounded):
+    assert tuned.make_key("hip", 2, size, 2048, size) == ("hip", 2, rounded, 2048, rounded)
+
+
+KEY = tuned.Key("cuda90", 2, 1024, 2048, 512)
+
+
+def test_the_table_is_looked_up_by_kernel_and_key(monkeypatch):
+    fields = tune.fields_of(launch(block_n=64, num_warps=4))
+    monkeypatch.setattr(tuned, "TABLE", {"grouped_gemm plain": {KEY: fields}})
+    assert tuned.tuned("grouped_gemm plain", KEY) == fields
+    assert tuned.tuned("grouped_gemm plain", KEY._replace(family="cuda80")) is None
+    assert tuned.tuned("grouped_wgrad", KEY) is None
+    found = tuned.tuned_launch("grouped_gemm plain", GroupedLaunch, KEY)
+    assert found == launch(block_n=64, num_warps=4)
+    assert tuned.tuned_launches("grouped_gemm plain", GroupedLaunch) == [(KEY, found)]
+
+
+def test_the_tables_file_is_what_is_rendered_from_it():
+    text = tune.TABLE_FILE.read_text()
+    origin = text.partition(tune.MARK)[2].splitlines()[2].removeprefix("# ")
+    assert tune.render(text, tuned.TABLE, origin) == text
+
+
+def test_a_rendered_table_is_formatted_and_reads_back(tmp_path):
+    fields = tune.fields_of(launch(block_n=64))
+    table = {"b": {KEY: fields}, "a": {KEY._replace(rows=1024): fields, KEY: fields}}
+    text = tune.render(tune.TABLE_FILE.read_text(), table, "measured on a test")
+    names: dict = {}
+    exec(
+        compile(text.replace("from .launch", "from moe_runtime_kernels._triton.launch"), "tuned", "exec"),
+        names,
+    )
+    assert names["TABLE"] == table
+    assert list(names["TABLE"]) == ["a", "b"]
+    path = tmp_path / "tuned.py"
+    tune.write_atomically(path, text)
+    assert path.read_text() == text
+    ruff = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ruff",
+            "format",
+            "--check",
+            "--config",
+            str(ROOT / "pyproject.toml"),
+            str(path),
+        ]
+    )
+    assert ruff.returncode == 0
+    with pytest.raises(
+        ValueError, match=r"the table's file must have the line '# --- measured: .*', got none"
+    ):
+        tune.render("nothing", table, "")
+
+
+def test_a_row_replaces_its_key_and_one_that_is_not_worth_it_removes_it():
+    fields = {"block_m": 64}
+    row = {"kernel": "k", "key": KEY, "fields": {"block_m": 128}, "worth_it": True}
+    other = KEY._replace(rows=1)
+    table = {"k": {KEY: fields, other: fields}}
+    assert tune.merged(table, [row]) == {"k": {KEY: {"block_m": 128}, other: fields}}
+    assert tune.merged(table, [{**row, "worth_it": False}]) == {"k": {other: fields}}
+    assert tune.merged({"k": {KEY: fields}}, [{**row, "worth_it": False}]) == {}
+    assert table == {"k": {KEY: fields, other: fields}}
+
+
+def test_launches_that_the_gate_refuses_are_not_timed():
+    """128 rows by 256 columns in 4 warps do not fit the registers; the closed form's choice does."""
+    code = (
+        "from benchmarks import tune; t = tune.TUNABLES[0]; from benchmarks.shapes import EXPERTS\n"
+        "first = t.closed_form(EXPERTS['qwen3-30b-a3b'], 8192, 'cuda90')\n"
+        "print(tune.refusals(t.kernel, first, 'cuda90'))\n"
+        "print(tune.refusals(t.kernel, tune.changed(first, {'num_warps': 4}), 'cuda90'))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+    environment.pop("TRITON_INTERPRET", None)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    shipped, refused = result.stdout.splitlines()
+    assert shipped == "[]"
+    assert "bytes per thread are spilled, must be 0" in refused
