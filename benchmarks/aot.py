@@ -11,7 +11,9 @@ divisible by 16. What is checked:
 - no atomics, so that sums have one order;
 - no address arithmetic that overflows 32 bits (`addressing.py`);
 - programmatic dependent launch is in the code where it was asked for, and nowhere else;
-- products of 16-bit types use Hopper's own instructions (wgmma) there.
+- products of 16-bit types use Hopper's own instructions (wgmma) there;
+- what a descriptor describes is loaded by the tensor memory accelerator (TMA), into shared memory, from which
+  the loop that loads it does not load it into registers.
 """
 
 import argparse
@@ -165,6 +167,11 @@ def jobs_of(path: str, targets: Iterable[str], share: float = 1.0) -> list[Job]:
     return chosen
 
 
+def has_descriptor(compilation: Any) -> bool:
+    """Whether an argument is a TMA descriptor."""
+    return any(type_.startswith("tensordesc") for type_ in compilation.signature.values())
+
+
 # --- one compilation, in a process of its own ---
 
 
@@ -258,6 +265,14 @@ def _amd_resources(compiled: Any) -> dict[str, int]:
     }
 
 
+def _loaded_in_a_loop(ttgir: str) -> bool:
+    """Whether some loop loads by TMA and loads from shared memory into registers."""
+    for loop in re.findall(r"^( *)(?:%.*= )?scf\.for (.*?)^\1}", ttgir, re.MULTILINE | re.DOTALL):
+        if "async_tma_copy_global_to_local" in loop[1] and "ttg.local_load" in loop[1]:
+            return True
+    return False
+
+
 def _violations(row: Row, compilation: Any, target: Target, asm: dict[str, str]) -> list[str]:
     found = []
     if row.spilled:
@@ -269,6 +284,11 @@ def _violations(row: Row, compilation: Any, target: Target, asm: dict[str, str])
     found += overflows(asm["ttir"])
     if row.target == "sm_90" and _DOT_16.search(asm["ttir"]) and "wgmma.mma_async" not in asm["ptx"]:
         found.append("a product of a 16-bit type does not use wgmma")
+    if has_descriptor(compilation):
+        if not row.tma:
+            found.append("what a descriptor describes is not loaded by TMA")
+        if _loaded_in_a_loop(asm["ttgir"]):
+            found.append("a loop that loads by TMA also loads shared memory into registers")
     for word in ("griddepcontrol.wait", "griddepcontrol.launch_dependents"):
         if (word in asm.get("ptx", "")) != compilation.options.pdl:
             found.append(f"{word} {'is missing' if compilation.options.pdl else 'was not asked for'}")

@@ -18,8 +18,10 @@ from benchmarks.aot import (
     _amd_resources,
     _violations,
     compilations,
+    has_descriptor,
     jobs_of,
     kernel_files,
+    kernel_name,
     source_hashes,
 )
 
@@ -179,5 +181,53 @@ def test_nothing_is_said_of_a_kernel_without_faults(faults):
 )
 def test_limits_that_no_small_kernel_breaks(numbers, pdl, asm, said):
     row = Row(file="", kernel="", label="", target="sm_90", divisible=True, warps=4, **numbers)
-    compilation = SimpleNamespace(options=SimpleNamespace(pdl=pdl))
+    compilation = SimpleNamespace(options=SimpleNamespace(pdl=pdl), signature={"x_ptr": "*bf16"})
     assert _violations(row, compilation, TARGETS["sm_90"], {"ttir": "", "ptx": "", **asm}) == said
+
+
+LOOP = """
+    %acc = scf.for %k = %c0 to %K step %c64 iter_args(%x = %y) -> (tensor<64x64xf32>) {
+      ttng.async_tma_copy_global_to_local %desc[%k] %tile, %barrier, %true
+      scf.if %first {
+        BODY
+      }
+    } loc(#loc)
+    %z = ttg.local_load %tile
+"""
+
+
+@pytest.mark.parametrize(
+    ("tma", "body", "said"),
+    [
+        (1, "ttng.warp_group_dot %x, %tile, %acc", []),
+        (0, "", ["what a descriptor describes is not loaded by TMA"]),
+        (
+            1,
+            "%w = ttg.local_load %tile",
+            ["a loop that loads by TMA also loads shared memory into registers"],
+        ),
+    ],
+)
+def test_what_is_said_of_descriptors(tma, body, said):
+    row = Row(file="", kernel="", label="", target="sm_90", divisible=True, warps=4, tma=tma)
+    signature = {"x_ptr": "*bf16", "weight_desc": "tensordesc<bf16[1, 128, 64]>"}
+    compilation = SimpleNamespace(options=SimpleNamespace(pdl=False), signature=signature)
+    asm = {"ttir": "", "ptx": "", "ttgir": LOOP.replace("BODY", body)}
+    assert _violations(row, compilation, TARGETS["sm_90"], asm) == said
+
+
+@needs_triton
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("file", ["grouped_gemm.py", "expert_ffn.py"])
+def test_descriptors_are_given_for_aligned_matrices_of_16_bits(file, target):
+    """On Hopper and Blackwell, and nowhere else; that TMA then loads them is the gate's to say."""
+    (path,) = (path for path in kernel_files() if path.name == file)
+    given = set()
+    for job in jobs_of(str(path), [target]):
+        compilation = compilations(job.path)[job.index]
+        product = kernel_name(compilation) in ("_grouped_gemm_kernel", "_up_kernel", "_dh_kernel")
+        aligned = bool(compilation.divisible) and not compilation.label.startswith("fp32")
+        wanted = product and target in ("sm_90", "sm_100") and aligned
+        assert has_descriptor(compilation) == wanted, compilation.label
+        given.add(wanted)
+    assert given == ({True, False} if target in ("sm_90", "sm_100") else {False})
