@@ -103,14 +103,17 @@ class MixtureOfAttention(nn.Module):
         own = config.kv == "expert"
         S = 1 if own else config.num_kv_heads
         x_TD = x_BLD.flatten(0, 1)
-        weight_TK, expert_TK = self.router(x_TD)  # type: ignore[misc]
+        assert self.router is not None
+        weight_TK, expert_TK = self.router(x_TD)
         plan = make_plan(expert_TK, A)
         # rows in expert order -> the rows of a token next to each other
         query_TKQ = scatter_rows(self.q_proj(x_TD, plan), _choices(plan)).view(B * L, K, Q)
         if own:
             query = self._heads(_Spread.apply(query_TKQ, expert_TK, A).view(B, L, A * Q), self.q_norm, rotary)
         else:
-            which = self._heads_of(expert_TK).view(B, L, K * config.num_heads)
+            which = None
+            if self.q_norm is not None:
+                which = self._heads_of(expert_TK).view(B, L, K * config.num_heads)
             query = query_TKQ.view(B, L, K, S, Q // S).transpose(2, 3).reshape(B, L, K * Q)
             query = self._heads(query, self.q_norm, rotary, which)
         del query_TKQ
