@@ -24,7 +24,10 @@ LAYERS = {
     "top-k-attention": BAM_TOP_K | {"qk_norm": "rms_norm", "attention_bias": True},
     "top-k-attention-shared-kv": BAM_SHARED_KV_TOP_K | {"attention_output_bias": True},
 }
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def needs_gpu(test: Callable) -> Callable:
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
 
 
 def block_config(kind: dict) -> BlockConfig:
