@@ -45,7 +45,8 @@ def describe_block(block: BlockConfig) -> str:
     attention, ffn = block.attention, block.feed_forward
     heads = f"{attention.num_heads} heads"
     if attention.num_experts > 1:
-        heads = f"{attention.num_experts} x {heads} ({attention.kv} kv)"
+        used = "" if attention.top_k is None else f"{attention.top_k} of "
+        heads = f"{used}{attention.num_experts} x {heads} ({attention.kv} kv)"
     if attention.sliding_window is not None:
         heads += f" in a window of {attention.sliding_window}"
     if ffn.router is None:

@@ -24,6 +24,7 @@ from moe_runtime.flops import (
     six_n,
     training_flops,
 )
+from moe_runtime.flops_report import describe_block
 from moe_runtime.hf import MoeRuntimeConfig, MoeRuntimeForCausalLM
 from moe_runtime.shapes import SHAPES, named_shape
 
@@ -399,6 +400,18 @@ def test_checkpointing_recomputes_the_layers(name):
         not_again += config.num_hidden_layers * 2 * config.hidden_size * config.intermediate_size
     expected = BATCH * LENGTH * (training_flops(config, LENGTH, "full", recompute=True) - not_again)
     assert counted(model, backward=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("dense", "sequential, 4 heads, dense 28"),
+        ("bam-expert-kv-parallel", "parallel, 2 x 4 heads (expert kv), experts 1 of 5 x 12"),
+        ("bam-shared-kv-top-k", "sequential, 2 of 3 x 4 heads (shared kv), experts 1 of 5 x 12"),
+    ],
+)
+def test_a_layer_in_words(name, words):
+    assert describe_block(MODELS[name].block_config(0)) == words
 
 
 # --- errors ---
