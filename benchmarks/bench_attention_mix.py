@@ -10,16 +10,9 @@ from moe_runtime_kernels import attention_mix
 from torch import Tensor
 
 from benchmarks.floor import Work
+from benchmarks.shapes import MIXES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LAYOUTS = {  # slots, experts, width of a slot, model width
-    "smollm2-135m-shared-kv": (3, 4, 192, 576),
-    "bam-1024-own-kv": (1, 4, 1024, 1024),
-    "bam-1024-shared-kv": (8, 4, 128, 1024),
-    "bam-4096-own-kv": (1, 4, 4096, 4096),
-    "bam-4096-shared-kv": (8, 4, 512, 4096),
-}
-TINY = {"tiny": (2, 3, 16, 32)}
 SIZES = (16, 1024, 8192) if DEVICE == "cuda" else (16, 128)
 RESULTS = ("y", "do", "dgate", "dweight")
 LARGEST_ERROR = {"moe_runtime": 1.0, "torch": 2.0, "loop": 8.0}  # rms, in units of bfloat16's eps
@@ -50,11 +43,12 @@ def mix_work(T: int, C: int, A: int, D: int, direction: str) -> Work:
 
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
 @pytest.mark.parametrize("tokens", SIZES)
-@pytest.mark.parametrize("layout", [*LAYOUTS, *TINY])
+@pytest.mark.parametrize("layout", MIXES)
 def bench_attention_mix(compare, tiny, layout, tokens, direction):
-    if (layout in TINY) != tiny:
+    if (layout == "tiny") != tiny:
         pytest.skip("the other size of shapes was asked for")
-    S, A, Q, D = {**LAYOUTS, **TINY}[layout]
+    shape = MIXES[layout]
+    S, A, Q, D = shape.S, shape.A, shape.Q, shape.D
     if DEVICE == "cpu" and D > 1024:
         pytest.skip("the sizes of another device were not asked for")
     T, C = 8 if tiny else tokens, S * A * Q

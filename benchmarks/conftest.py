@@ -97,10 +97,23 @@ def time_launches(
     return time_alternately(replays, rounds, calls=LAUNCHES), refused
 
 
+def waits(fn: Callable[[], Any]) -> bool:
+    """Whether a call waits for the device, which no graph can hold; a capture that fails may leave traces."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fn()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+    return False
+
+
 def time_products(
     fns: Mapping[str, Callable[[], Any]], rounds: int
 ) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Timings, and how: on a GPU a call that a graph cannot hold is timed with its host's part.
+    """Timings, and how: "graph", or "call" for one that is timed with its host's part.
 
     Graphs hold so many launches as take GRAPH_S together, by the first timing of ours, and LAUNCHES at most.
     """
@@ -108,19 +121,18 @@ def time_products(
         return time_alternately(fns, rounds), dict.fromkeys(fns, "call")
     once = time_alternately({OURS: fns[OURS]}, rounds=3)[OURS].median_s
     launches = min(max(round(GRAPH_S / once), 1), LAUNCHES)
-    timings, ways = {}, {}
     replays: dict[str, Callable[[], Any]] = {}
     for name, fn in fns.items():
         try:
-            replays[name], ways[name] = captured(fn, launches), "graph"
-        except RuntimeError:
-            if name == OURS:
-                raise
-            ways[name] = "call"
+            if not waits(fn):
+                replays[name] = captured(fn, launches)
+        except RuntimeError as error:
+            print(f"{name} cannot be captured: {error}")
             torch.cuda.synchronize()
-    timings = time_alternately(replays, rounds, calls=launches)
-    calls = {name: fn for name, fn in fns.items() if ways[name] == "call"}
-    return timings | (time_alternately(calls, rounds) if calls else {}), ways
+    calls = {name: fn for name, fn in fns.items() if name not in replays}
+    timings = time_alternately(replays, rounds, calls=launches) if replays else {}
+    timings |= time_alternately(calls, rounds) if calls else {}
+    return timings, {name: "graph" if name in replays else "call" for name in fns}
 
 
 def peak_bytes(fn: Callable[[], Any]) -> int:
@@ -188,7 +200,8 @@ def compare(request, tiny, copy_speed):
             peers = Peers(absent={**peers.absent, **left_out})
         not_timed = usable(peers, checked)
         fns = {**fns, **peers.fns}
-        flops = {name: count_flops(fn) for name, fn in fns.items()}
+        # another library's operations may be more than the counter can follow
+        flops = {name: count_flops(fn) for name, fn in fns.items() if name not in peers.fns}
         rounds = 3 if tiny else rounds
         row: dict[str, Any] = {}
         if work is not None:

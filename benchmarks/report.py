@@ -263,11 +263,21 @@ def _product_section(title: str, explained: str) -> Any:
             f"{explained} {'' if gpu else 'Not yet measured on a GPU.'}".strip(),
             table,
             *_reasons(rows),
+            *(_timed_by(rows, first) if gpu else []),
             speeds,
             _origin(content, path, root),
         ]
 
     return section
+
+
+def _timed_by(rows: list[dict[str, Any]], first: str) -> list[str]:
+    """How the first one was timed, where that is not the same in all rows or not by a graph."""
+    by_call = [row["case"] for row in rows if row["timed_by"][first] == "call"]
+    if not by_call:
+        return ["Replayed from CUDA graphs unless said."]
+    cases = "; ".join(" ".join(map(str, case.values())) for case in by_call)
+    return [f"Replayed from CUDA graphs unless said; {first} was timed with the host's part in: {cases}."]
 
 
 def _worst(row: dict[str, Any], name: str) -> str:
@@ -282,8 +292,11 @@ def _relative(row: dict[str, Any], name: str) -> str:
     if "peak_bytes" in row:
         parts.append(f"{row['peak_bytes'][name] / 2**20:,.0f} MiB")
     if row["timed_by"][name] != row["timed_by"][row["ratio_to"]]:
-        parts.append("with the host's part")
+        parts.append(_BY[row["timed_by"][name]])
     return ", ".join(parts)
+
+
+_BY = {"graph": "from a graph", "call": "with the host's part"}
 
 
 def _bars_section(files: dict[str, Path], root: Path) -> list[str]:

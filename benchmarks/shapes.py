@@ -26,6 +26,26 @@ EXPERTS = {
     "tiny": ExpertShape(32, 16, 4, 2),
 }
 
+
+@dataclass(frozen=True)
+class MixShape:
+    """Outputs of A attention experts in S slots of width Q each, as docs/design.md says, and width D."""
+
+    S: int
+    A: int
+    Q: int
+    D: int
+
+
+MIXES = {
+    "smollm2-135m-shared-kv": MixShape(3, 4, 192, 576),
+    "bam-1024-own-kv": MixShape(1, 4, 1024, 1024),
+    "bam-1024-shared-kv": MixShape(8, 4, 128, 1024),
+    "bam-4096-own-kv": MixShape(1, 4, 4096, 4096),
+    "bam-4096-shared-kv": MixShape(8, 4, 512, 4096),
+    "tiny": MixShape(2, 3, 16, 32),
+}
+
 # what a run on each kind of device measures: every T of the shape that the bars are about, two of the others
 _GPU = {"qwen3-30b-a3b": (1, 16, 128, 1024, 8192, 32768)} | dict.fromkeys(
     ("olmoe-1b-7b", "qwen3-next-80b-a3b", "gpt-oss-20b", "mixtral-8x7b"), (128, 8192)

@@ -15,17 +15,16 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from importlib import import_module
 from itertools import combinations, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shapes import EXPERTS, ExpertShape
+from benchmarks.shapes import EXPERTS, MIXES
+from benchmarks.tunables import TUNABLES, Shape, Tunable, chosen
 
 HERE = Path(__file__).resolve().parent
 TABLE_FILE = HERE.parent / "kernels" / "moe_runtime_kernels" / "_triton" / "tuned.py"
@@ -34,7 +33,7 @@ WORTH_IT = 1.02
 ROUNDS, FINAL_ROUNDS, FINALISTS = 5, 30, 4
 GRAPH_LAUNCHES = 10
 TOKENS = (1, 16, 128, 1024, 8192, 32768)
-MODELS = ("qwen3-30b-a3b", "olmoe-1b-7b")
+MODELS = ("qwen3-30b-a3b", "olmoe-1b-7b", "bam-4096-own-kv", "bam-4096-shared-kv")
 
 # what a field may be; a kernel has some of them
 SPACE: dict[str, tuple[Any, ...]] = {
@@ -53,146 +52,6 @@ SPACE: dict[str, tuple[Any, ...]] = {
 }
 OPTIONS = ("num_warps", "num_stages")
 
-
-# --- what is tuned ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tunable:
-    """A kernel by its name in the table.
-
-    Args:
-        file: of `_triton/`, and `choice` its function that chooses a launch.
-        labels: words of the label of its compilations.
-        unused: fields of its launch that it does not read.
-        widths: (inner, outer) of its product in a shape.
-        call: what is timed, for a shape and a number of tokens, on a GPU.
-    """
-
-    kernel: str
-    file: str
-    choice: str
-    labels: tuple[str, ...]
-    widths: Callable[[ExpertShape], tuple[int, int]]
-    call: Callable[[ExpertShape, int], Callable[[], Any]]
-    unused: tuple[str, ...] = ()
-
-    def module(self) -> Any:
-        return import_module(f"moe_runtime_kernels._triton.{self.file}")
-
-    def closed_form(self, shape: ExpertShape, T: int, family: str) -> Any:
-        """What would be chosen if the table were empty."""
-        keywords: dict[str, Any] = {"aligned": True, "family": family}
-        if self.file == "grouped_wgrad":
-            return getattr(self.module(), self.choice)(2, **keywords)
-        if self.kernel == "expert_ffn up gated":
-            keywords["gated"] = True
-        return getattr(self.module(), self.choice)(2, T * shape.K, shape.E, **keywords)
-
-
-@contextmanager
-def chosen(tunable: Tunable, launch: Any) -> Iterator[None]:
-    """Inside, the kernel's launch choice is this launch, whatever the sizes."""
-    module = tunable.module()
-    choose = getattr(module, tunable.choice)
-    setattr(module, tunable.choice, lambda *sizes, **keywords: launch)
-    try:
-        yield
-    finally:
-        setattr(module, tunable.choice, choose)
-
-
-def _call(kind: str, shape: ExpertShape, T: int) -> Callable[[], Any]:
-    """One launch, or the few of an operation of which one is tuned, on random numbers."""
-    import torch
-    from moe_runtime_kernels import make_plan
-
-    from benchmarks.exact import make_layer
-
-    layer = make_layer(T, shape.D, shape.F, shape.E, shape.K, "cuda")
-    plan = make_plan(layer.expert_TK, shape.E)
-    row, token, slot, offset, tile_end = plan
-    N = token.shape[0]
-
-    def normal(width: int) -> torch.Tensor:
-        return torch.randn(N, width, device="cuda").to(torch.bfloat16)
-
-    up, down, ops = layer.gate_up_EGD, layer.down_EDF, torch.ops.moe_runtime
-    if kind == "plain":
-        a = normal(shape.F)
-        return lambda: ops.grouped_gemm(a, down, offset, tile_end, None)
-    if kind == "gathered":
-        return lambda: ops.gathered_grouped_gemm(layer.x_TD, up, token, offset, tile_end, None)
-    if kind == "transposed":
-        dh = normal(2 * shape.F)
-        return lambda: ops.grouped_gemm_input_grad(dh, up, offset, tile_end)
-    if kind == "weight gradient":
-        dh = normal(2 * shape.F)
-        return lambda: ops.gathered_grouped_gemm_weight_grad(dh, layer.x_TD, token, offset)
-    schedule = (row, token, slot, offset, tile_end)
-    if kind == "up":
-        operands = (layer.x_TD, up, down, None, None, layer.weight_TK, None)
-        return lambda: ops.expert_ffn(*operands, *schedule, "silu", True)
-    h = normal(2 * shape.F)
-    # the cheapest gradients for which the kernel writes all that it can but w * a
-    needs = [False, False, False, True, False, True]
-    backward = (layer.grad_TD, layer.x_TD, up, down, None, layer.weight_TK)
-    return lambda: ops.expert_ffn_backward(*backward, *schedule, h, "silu", needs)
-
-
-TUNABLES = (
-    Tunable(
-        kernel="grouped_gemm plain",
-        file="grouped_gemm",
-        choice="choose_launch",
-        labels=("plain",),
-        widths=lambda shape: (shape.F, shape.D),
-        call=partial(_call, "plain"),
-    ),
-    Tunable(
-        kernel="grouped_gemm gathered",
-        file="grouped_gemm",
-        choice="choose_launch",
-        labels=("gathered",),
-        widths=lambda shape: (shape.D, 2 * shape.F),
-        call=partial(_call, "gathered"),
-    ),
-    Tunable(
-        kernel="grouped_gemm transposed",
-        file="grouped_gemm",
-        choice="choose_launch",
-        labels=("transposed",),
-        widths=lambda shape: (2 * shape.F, shape.D),
-        call=partial(_call, "transposed"),
-    ),
-    Tunable(
-        kernel="grouped_wgrad gathered x",
-        file="grouped_wgrad",
-        choice="choose_launch",
-        labels=("gathered", "x"),
-        widths=lambda shape: (shape.D, 2 * shape.F),
-        call=partial(_call, "weight gradient"),
-    ),
-    Tunable(
-        kernel="expert_ffn up gated",
-        file="expert_ffn",
-        choice="choose_up_launch",
-        labels=("up", "gated"),
-        widths=lambda shape: (shape.D, shape.F),
-        call=partial(_call, "up"),
-        unused=("slices",),
-    ),
-    Tunable(
-        kernel="expert_ffn dh",
-        file="expert_ffn",
-        choice="choose_dh_launch",
-        labels=("dh",),
-        widths=lambda shape: (shape.D, shape.F),
-        call=partial(_call, "dh"),
-    ),
-)
-
-
 # --- candidates -------------------------------------------------------------------------
 
 
@@ -203,11 +62,11 @@ def fields_of(launch: Any) -> dict[str, Any]:
     return {**fields, **{name: options[name] for name in OPTIONS}}
 
 
-def changed(launch: Any, changes: dict[str, Any]) -> Any:
+def changed(launch: Any, changes: dict[str, Any], unused: tuple[str, ...] = ()) -> Any:
     """The launch with other fields; few rows are the narrow side of a transposed tile, as in all kernels."""
     options = replace(launch.options, **{name: v for name, v in changes.items() if name in OPTIONS})
     sizes = {name: v for name, v in changes.items() if name not in OPTIONS}
-    if "block_m" in sizes and hasattr(launch, "swapped"):
+    if "block_m" in sizes and hasattr(launch, "swapped") and "swapped" not in unused:
         sizes["swapped"] = sizes["block_m"] < 64
     return replace(launch, **sizes, options=options)
 
@@ -221,7 +80,7 @@ def candidates(launch: Any, unused: tuple[str, ...] = ()) -> list[Any]:
         for some in combinations(names, number):
             others = [[value for value in SPACE[name] if value != now[name]] for name in some]
             for values in product(*others):
-                found[changed(launch, dict(zip(some, values, strict=True)))] = None
+                found[changed(launch, dict(zip(some, values, strict=True)), unused)] = None
     return list(found)
 
 
@@ -237,18 +96,11 @@ def refusals(kernel: str, launch: Any, family: str) -> list[str]:
         jobs = [
             aot.Job(path, i, target, True)
             for i, made in enumerate(aot.compilations(path))
-            if family in made.families and _is_of(made, tunable.labels)
+            if family in made.families and tunable.is_of(made)
         ]
         found = [sentence for job in jobs for sentence in aot.compile_job(job)[1]]
     aot.compilations.cache_clear()
-    return found if jobs else [f"{kernel}: no compilation has the words {', '.join(tunable.labels)}"]
-
-
-def _is_of(compilation: Any, labels: tuple[str, ...]) -> bool:
-    """bfloat16, aligned, without programmatic dependent launch, and with these words in the label."""
-    words = compilation.label.split()
-    wanted = {"bf16", *labels} <= set(words)
-    return wanted and not compilation.options.pdl and "odd" not in words
+    return found if jobs else [f"{kernel}: no compilation is of it"]
 
 
 # --- search -----------------------------------------------------------------------------
@@ -358,8 +210,8 @@ class Plan:
     kernels: tuple[str, ...]
     cases: tuple[tuple[str, int], ...]
 
-    def points(self, family: str) -> Iterator[tuple[Tunable, ExpertShape, int, Any]]:
-        """Kernel, shape, tokens and key."""
+    def points(self, family: str) -> Iterator[tuple[Tunable, Shape, int, Any]]:
+        """Kernel, shape, tokens and key; a kernel has no point in shapes that are not its own."""
         from moe_runtime_kernels._triton.tuned import make_key
 
         seen = set()
@@ -367,9 +219,10 @@ class Plan:
             if tunable.kernel not in self.kernels:
                 continue
             for model, tokens in self.cases:
-                shape = EXPERTS[model]
-                rows = -(-tokens * shape.K // shape.E)
-                key = make_key(family, 2, *tunable.widths(shape), rows)
+                if model not in tunable.shapes:
+                    continue
+                shape = tunable.shapes[model]
+                key = make_key(family, 2, *tunable.sizes(shape, tokens))
                 if (tunable.kernel, key) not in seen:
                     seen.add((tunable.kernel, key))
                     yield tunable, shape, tokens, key
@@ -386,7 +239,7 @@ def gate(tunable: Tunable, launches: list[Any], family: str, processes: int) -> 
 
 
 def tune(
-    plan: Plan, family: str, accept: Accept, timer_of: Callable[[Tunable, ExpertShape, int], Timer]
+    plan: Plan, family: str, accept: Accept, timer_of: Callable[[Tunable, Shape, int], Timer]
 ) -> list[dict[str, Any]]:
     """A row per kernel and key: the winner's fields and both times."""
     rows = []
@@ -414,7 +267,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [tunable.kernel for tunable in TUNABLES]
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the result file")
     parser.add_argument("--kernels", nargs="+", choices=names, default=names, metavar="KERNEL")
-    parser.add_argument("--models", nargs="+", choices=list(EXPERTS), default=list(MODELS), metavar="MODEL")
+    parser.add_argument(
+        "--models", nargs="+", choices=[*EXPERTS, *MIXES], default=list(MODELS), metavar="MODEL"
+    )
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("--dry-run", action="store_true", help="made-up times, on a CPU too; writes no table")

@@ -10,10 +10,18 @@ import pytest
 import torch
 from moe_runtime_kernels import route_topk
 
-from benchmarks import peers
+from benchmarks import conftest, peers
 from benchmarks.alternate import Timing, time_alternately
 from benchmarks.bars import BARS
-from benchmarks.conftest import ROWS, check_repeats, of_products, result_path, usable, write_results
+from benchmarks.conftest import (
+    ROWS,
+    check_repeats,
+    of_products,
+    result_path,
+    time_products,
+    usable,
+    write_results,
+)
 from benchmarks.exact import RESULTS, exact_sample, make_layer
 from benchmarks.floor import Work, expert_backward_work, expert_forward_work, product_grads_work, product_work
 from benchmarks.report import BEGIN, END, newest_compiled, newest_results, render_pages
@@ -189,6 +197,32 @@ def test_speeds_and_the_floor_follow_from_the_medians():
     assert row["floor_s"] == 0.25  # bound by memory
     assert row["flops_per_s"] == {"moe_runtime": 200.0, "other": 50.0}
     assert row["floor_share"] == {"moe_runtime": 0.5, "other": 0.125}
+
+
+def test_what_waits_or_cannot_be_captured_is_timed_with_its_hosts_part(monkeypatch):
+    mode = ["default"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda value: mode.append(value))
+
+    def waiting():
+        if mode[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    def captured(fn, launches):
+        if fn is stubborn:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda: [fn() for _ in range(launches)]
+
+    def stubborn():
+        return None
+
+    monkeypatch.setattr(conftest, "captured", captured)
+    fns = {"moe_runtime": lambda: None, "waiting": waiting, "stubborn": stubborn}
+    timings, ways = time_products(fns, rounds=2)
+    assert ways == {"moe_runtime": "graph", "waiting": "call", "stubborn": "call"}
+    assert set(timings) == set(fns)
+    assert mode[-1] == "default"
 
 
 def test_the_exact_sample_is_the_layer_in_float64_and_sees_faults():
@@ -378,6 +412,7 @@ def test_products_are_shown_with_their_floor_errors_and_peers(tmp_path):
     )
     assert "| 4.00 times, error 2.0e-03, 1,024 MiB, with the host's part |" in page
     assert "- sonicmoe: sonic-moe is not installed" in page
+    assert "Replayed from CUDA graphs unless said.\n" in page
     assert "a copy moves 3,000 GB/s, a large bfloat16 product makes 798.00 TFLOP/s" in page
     assert "| `route_topk`, 512 tokens or fewer | at most 5.0 µs | not yet measured on a GPU |  |" in page
     assert (

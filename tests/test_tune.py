@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import tune
-from benchmarks.shapes import EXPERTS
+from benchmarks import tunables, tune
 
 if find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
@@ -19,7 +18,7 @@ from moe_runtime_kernels._triton import tuned
 from moe_runtime_kernels._triton.grouped_gemm import GroupedLaunch, choose_launch
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = [tunable.kernel for tunable in tune.TUNABLES]
+NAMES = [tunable.kernel for tunable in tunables.TUNABLES]
 EXPERTS_ROWS = [(1, 1), (2, 2), (3, 4), (512, 512), (513, 1024)]
 
 
@@ -51,7 +50,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
 
 def test_a_dry_run_searches_every_kernel_and_writes_nothing(tmp_path):
     before = tune.TABLE_FILE.read_text()
-    result = run_tune("--dry-run", "--output", str(tmp_path), "--models", "qwen3-30b-a3b", "--tokens", "128")
+    result = run_tune("--dry-run", "--output", str(tmp_path), "--tokens", "128")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("A dry run: all times are made up.\n")
     for name in NAMES:
@@ -98,10 +97,11 @@ def test_the_closed_form_is_timed_again_even_if_it_came_last():
     assert len(finals) == tune.FINALISTS + 1
 
 
-@pytest.mark.parametrize("tunable", tune.TUNABLES, ids=NAMES)
+@pytest.mark.parametrize("tunable", tunables.TUNABLES, ids=NAMES)
 @pytest.mark.parametrize("tokens", [16, 8192])
 def test_candidates_are_launches_that_differ_in_at_most_two_fields(tunable, tokens):
-    first = tunable.closed_form(EXPERTS["qwen3-30b-a3b"], tokens, "cuda90")
+    model = "qwen3-30b-a3b" if "qwen3-30b-a3b" in tunable.shapes else "bam-4096-own-kv"
+    first = tunable.closed_form(tunable.shapes[model], tokens, "cuda90")
     found = tune.candidates(first, tunable.unused)
     assert found[0] == first
     assert len(found) == len(set(found)) > 20
@@ -111,8 +111,27 @@ def test_candidates_are_launches_that_differ_in_at_most_two_fields(tunable, toke
         different = {name for name, value in fields.items() if value != start[name]} - {"swapped"}
         assert len(different) <= 2
         assert not different & set(tunable.unused)
-        assert fields.get("swapped", False) == (fields.get("block_m", 64) < 64)
+        if "swapped" in fields and "swapped" not in tunable.unused:
+            assert fields["swapped"] == (fields["block_m"] < 64)
         assert tuned.as_launch(type(first), fields) == one
+
+
+@pytest.mark.parametrize("tunable", tunables.TUNABLES, ids=NAMES)
+def test_what_is_timed_runs_and_goes_through_the_launch_choice(tunable):
+    """On a CPU the references run, so that a schema that has changed is seen there."""
+    call = tunable.call(tunable.shapes["tiny"], 24)
+    results = call()
+    for result in (results,) if isinstance(results, torch.Tensor) else results:
+        assert result.isfinite().all()
+    assert tunable.function in vars(tunable.module())
+    first = tunable.closed_form(tunable.shapes["tiny"], 24, "cuda90")
+    choose = getattr(tunable.module(), tunable.choice)
+    with tunables.chosen(tunable, "this"):
+        assert getattr(tunable.module(), tunable.choice)(2, 3, aligned=True) == "this"
+    assert getattr(tunable.module(), tunable.choice) is choose
+    made = [one for one in tunable.module().compilations() if tunable.is_of(one)]
+    assert made
+    assert any(one.options.num_warps == first.options.num_warps and "cuda90" in one.families for one in made)
 
 
 def test_each_key_is_searched_once():
@@ -195,8 +214,8 @@ def test_a_row_replaces_its_key_and_one_that_is_not_worth_it_removes_it():
 def test_launches_that_the_gate_refuses_are_not_timed():
     """128 rows by 256 columns in 4 warps do not fit the registers; the closed form's choice does."""
     code = (
-        "from benchmarks import tune; t = tune.TUNABLES[0]; from benchmarks.shapes import EXPERTS\n"
-        "first = t.closed_form(EXPERTS['qwen3-30b-a3b'], 8192, 'cuda90')\n"
+        "from benchmarks import tune; t = tune.TUNABLES[0]\n"
+        "first = t.closed_form(t.shapes['qwen3-30b-a3b'], 8192, 'cuda90')\n"
         "print(tune.refusals(t.kernel, first, 'cuda90'))\n"
         "print(tune.refusals(t.kernel, tune.changed(first, {'num_warps': 4}), 'cuda90'))\n"
     )
