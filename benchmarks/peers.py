@@ -1,7 +1,8 @@
 """Other libraries behind the signatures of what is timed, each only where it is installed and can run.
 
 A peer that cannot is never left out in silence: `UnavailableError` says why, and row and report repeat it.
-None of the adaptors of LIBRARIES has run on a GPU; one that fails there says so in its row and stops nothing.
+Those of liger-kernel 0.8.5 and moe-ops 0.1.0 give the right answers in Triton's interpreter; none of the
+adaptors of LIBRARIES has run on a GPU. One that fails there says so in its row and stops nothing.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ Experts = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # --- which of them can run here ---------------------------------------------------------
 
-# distribution -> module; none of them is in requirements/, each is installed by who wants the comparison
+# distribution -> module; the extra "peers" has the first two, the others are up to who wants the comparison
 LIBRARIES = {
     "liger-kernel": "liger_kernel",
     "moe-ops": "moe_ops",
@@ -222,7 +223,9 @@ def moe_ops_grouped_gemm(offset_E: Tensor) -> Callable[[Tensor, Tensor], Tensor]
     require("moe-ops")
     from moe_ops import grouped_gemm
 
-    return lambda x_NI, weight_EOI: grouped_gemm(x_NI, weight_EOI, offset_E, True)
+    # without TMA, and for gradients, it reads the start of the first expert too
+    starts = torch.cat((offset_E.new_zeros(1), offset_E))
+    return lambda x_NI, weight_EOI: grouped_gemm(x_NI, weight_EOI, starts, True)
 
 
 # --- whole expert layers ----------------------------------------------------------------
