@@ -6,6 +6,7 @@ swap the operands, so that the matrix has the 64 or more rows that Hopper's tens
 a tensor memory accelerator (TMA), it loads the matrix.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from ..plan import TILE_HEIGHTS, tile_bound
 from .launch import (
-    FAMILIES,
+    ITEMSIZES,
+    TMA_FAMILIES,
     Compilation,
     Options,
     aligned_to_16,
     allow_next_kernel,
     check_16_or_32_bits,
     device_family,
+    for_families,
     wait_for_inputs,
 )
 from .tiles import describable, descriptor_type, matrix_descriptor, matrix_tile, row_tile, swizzle
@@ -165,7 +168,7 @@ def choose_launch(itemsize: int, N: int, E: int, *, aligned: bool, family: str) 
             group=8,
             options=Options(num_warps=4, num_stages=2 if aligned else 1),
         )
-    large = family in ("cuda90", "cuda100")
+    large = family in TMA_FAMILIES
     stages = 2 if family == "hip" else 3 if block_m >= 64 or family == "cuda100" else 4
     return GroupedLaunch(
         block_m=block_m,
@@ -176,9 +179,6 @@ def choose_launch(itemsize: int, N: int, E: int, *, aligned: bool, family: str) 
         group=8,
         options=Options(num_warps=8 if block_m == TILE_HEIGHTS[-1] else 4, num_stages=stages),
     )
-
-
-ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 # --- launchers --------------------------------------------------------------------------
@@ -252,24 +252,19 @@ def launch_input_grad(grad: Tensor, weight: Tensor, offset: Tensor, tile_end: Te
 
 def compilations() -> list[Compilation]:
     """Every configuration that `choose_launch` gives."""
-    found: dict[tuple[str, GroupedLaunch, bool], dict[str, None]] = {}
-    for family, (dtype, itemsize), N, aligned in product(
-        FAMILIES, ITEMSIZES.items(), TILE_HEIGHTS, (True, False)
-    ):
+    return for_families(_compilations)
+
+
+def _compilations(family: str) -> Iterator[Compilation]:
+    for (dtype, itemsize), N, aligned in product(ITEMSIZES.items(), TILE_HEIGHTS, (True, False)):
         launch = choose_launch(itemsize, N, 1, aligned=aligned, family=family)
-        found.setdefault((dtype, launch, aligned), {})[family] = None
-    return [
-        _compilation(dtype, launch, kind, widths, pdl=pdl, families=tuple(families))
-        for (dtype, launch, aligned), families in found.items()
         for kind, widths, pdl in product(
             ("plain", "gathered", "transposed"), ("whole", "ragged") if aligned else ("odd",), (False, True)
-        )
-    ]
+        ):
+            yield _compilation(dtype, launch, kind, widths, pdl=pdl)
 
 
-def _compilation(
-    dtype: str, launch: GroupedLaunch, kind: str, widths: str, *, pdl: bool, families: tuple[str, ...]
-) -> Compilation:
+def _compilation(dtype: str, launch: GroupedLaunch, kind: str, widths: str, *, pdl: bool) -> Compilation:
     """A gathered one with a bias is an up-projection, a transposed one an input gradient."""
     pointer, gathered = f"*{dtype}", kind == "gathered"
     transposed, size = kind == "transposed", f"{launch.block_m}x{launch.block_n}x{launch.block_k}"
@@ -302,6 +297,5 @@ def _compilation(
             "EXPERTS": 128,
         },
         options=replace(launch.options, pdl=pdl),
-        families=families,
         divisible=() if widths == "odd" else ("I", "O", "x_ptr", "weight_ptr", "y_ptr"),
     )

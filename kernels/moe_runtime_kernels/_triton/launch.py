@@ -1,6 +1,7 @@
 """What every kernel file shares: launch options, and how a kernel waits for the one before it."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +12,11 @@ from torch import Tensor
 # Devices that share a launch table. cuda80: shared memory for 99 KB per block, which any NVIDIA GPU since
 # Ampere has; cuda90, cuda100: data-centre Hopper and Blackwell with 227 KB; hip: AMD's 64 KB.
 FAMILIES = ("cuda80", "cuda90", "cuda100", "hip")
+# those that have a tensor memory accelerator (TMA)
+TMA_FAMILIES = ("cuda90", "cuda100")
+
+# bytes of an element of the dtypes that products are compiled for, by Triton's names
+ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def device_family(device: torch.device) -> str:
@@ -86,3 +92,14 @@ class Compilation:
     options: Options
     families: tuple[str, ...] = FAMILIES
     divisible: tuple[str, ...] = ()
+
+
+def for_families(compilations_of: Callable[[str], Iterable[Compilation]]) -> list[Compilation]:
+    """What is launched on each family's devices; equal ones are one compilation, with all their families."""
+    found: dict[str, tuple[Compilation, list[str]]] = {}
+    for family in FAMILIES:
+        for made in compilations_of(family):
+            families = found.setdefault(repr(made), (made, []))[1]
+            if family not in families:
+                families.append(family)
+    return [replace(made, families=tuple(families)) for made, families in found.values()]
