@@ -1,8 +1,8 @@
 """Other libraries behind the signatures of what is timed, each only where it is installed and can run.
 
 A peer that cannot is never left out in silence: `UnavailableError` says why, and row and report repeat it.
-Those of liger-kernel 0.8.5, moe-ops 0.1.0 and scattermoe give the right answers in Triton's interpreter; none of
-the adaptors of LIBRARIES has run on a GPU. One that fails there says so in its row and stops nothing.
+Those of liger-kernel 0.8.5, moe-ops 0.1.0 and scattermoe give the right answers in Triton's interpreter; no
+adaptor of LIBRARIES has run on a GPU. One that fails there says so in its row and stops nothing.
 """
 
 from collections.abc import Callable, Mapping
