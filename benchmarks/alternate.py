@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -55,8 +56,10 @@ def time_alternately(
     return {name: Timing.of(values, calls) for name, values in seconds.items()}
 
 
-def captured(fn: Callable[[], object], launches: int) -> Callable[[], object]:
+def captured(fn: Callable[[], object], launches: int, pool: Any = None) -> Callable[[], object]:
     """Replay `launches` calls from a CUDA graph: a lone short launch would time the host.
+
+    Graphs with one `pool`, of torch.cuda.graph_pool_handle(), share their memory; one replays at a time.
 
     Raises:
         RuntimeError: `fn` does what a graph cannot hold, such as waiting for the device.
@@ -69,7 +72,7 @@ def captured(fn: Callable[[], object], launches: int) -> Callable[[], object]:
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         for _ in range(launches):
             fn()
     return graph.replay

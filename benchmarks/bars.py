@@ -96,16 +96,24 @@ def floor_share(tokens: int) -> Callable[[Suites], float]:
     return lambda suites: layer(suites, tokens, "forward")["floor_share"][OURS]
 
 
+def timed_rows(rows: Rows, peer: str) -> Rows:
+    """Those in which the peer was timed; at least one."""
+    timed = [row for row in rows if peer in row["timings"]]
+    if not timed:
+        median_s(rows[0], peer)  # says why
+    return timed
+
+
 def memory_share(peer: str) -> Callable[[Suites], float]:
     """Largest share of the peer's peak memory, forward with backward."""
 
     def measure(suites: Suites) -> float:
-        shares = []
-        for row in find(suites, "expert_ffn", direction="forward_backward"):
-            if row["case"]["tokens"] >= 8192:
-                median_s(row, peer)  # says why where it was not run
-                shares.append(row["peak_bytes"][OURS] / row["peak_bytes"][peer])
-        return max(shares)
+        rows = find(suites, "expert_ffn", direction="forward_backward")
+        large = [row for row in rows if row["case"]["tokens"] >= 8192]
+        if not large:
+            raise NotMeasuredError("the result has no such case")
+        large = timed_rows(large, peer)
+        return max(row["peak_bytes"][OURS] / row["peak_bytes"][peer] for row in large)
 
     return measure
 
@@ -114,12 +122,9 @@ def speedup(peer: str) -> Callable[[Suites], float]:
     """Geometric mean over all cases in which the peer was timed."""
 
     def measure(suites: Suites) -> float:
-        rows = find(suites, "expert_ffn")
-        timed = [row for row in rows if peer in row["timings"]]
-        if not timed:
-            median_s(rows[0], peer)
-        ratios = (median_s(row, peer) / median_s(row) for row in timed)
-        return math.exp(sum(math.log(ratio) for ratio in ratios) / len(timed))
+        rows = timed_rows(find(suites, "expert_ffn"), peer)
+        ratios = (median_s(row, peer) / median_s(row) for row in rows)
+        return math.exp(sum(math.log(ratio) for ratio in ratios) / len(rows))
 
     return measure
 

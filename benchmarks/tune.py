@@ -14,7 +14,7 @@ import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -133,15 +133,18 @@ def search(launches: Sequence[Any], timer: Timer) -> Found:
 
 def graph_timer(tunable: Tunable, call: Callable[[], Any]) -> Timer:
     """Medians of replayed CUDA graphs, one for each launch, in turns."""
+    import torch
+
     from benchmarks.alternate import captured, time_alternately
 
+    pool = torch.cuda.graph_pool_handle()
     graphs: dict[Any, Callable[[], object]] = {}
 
     def timer(launches: Sequence[Any], rounds: int) -> list[float]:
         for launch in launches:
             if launch not in graphs:
                 with chosen(tunable, launch):
-                    graphs[launch] = captured(call, GRAPH_LAUNCHES)
+                    graphs[launch] = captured(call, GRAPH_LAUNCHES, pool)
         fns = {str(i): graphs[launch] for i, launch in enumerate(launches)}
         timings = time_alternately(fns, rounds, calls=GRAPH_LAUNCHES)
         return [timings[name].median_s for name in fns]
@@ -231,11 +234,18 @@ class Plan:
 Accept = Callable[[Tunable, list[Any]], list[Any]]
 
 
-def gate(tunable: Tunable, launches: list[Any], family: str, processes: int) -> list[Any]:
-    """Those that the ahead-of-time gate accepts; the first is the closed form's and shipped already."""
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        found = pool.map(partial(refusals, tunable.kernel, family=family), launches[1:])
-        return [launches[0], *(launch for launch, no in zip(launches[1:], found, strict=True) if not no)]
+def gate(pool: Executor, family: str) -> Accept:
+    """Those launches that the ahead-of-time gate accepts; each is compiled once, in a process of the pool."""
+    known: dict[tuple[str, Any], list[str]] = {}
+
+    def accept(tunable: Tunable, launches: list[Any]) -> list[Any]:
+        new = [launch for launch in launches if (tunable.kernel, launch) not in known]
+        found = pool.map(partial(refusals, tunable.kernel, family=family), new)
+        known.update(zip(((tunable.kernel, launch) for launch in new), found, strict=True))
+        # the first is the closed form's, which is shipped
+        return launches[:1] + [launch for launch in launches[1:] if not known[tunable.kernel, launch]]
+
+    return accept
 
 
 def tune(
@@ -290,12 +300,13 @@ def main(arguments: argparse.Namespace) -> int:
         from moe_runtime_kernels._triton.launch import device_family
 
         family = device_family(torch.device("cuda"))
-        rows = tune(
-            plan,
-            family,
-            lambda tunable, launches: gate(tunable, launches, family, arguments.processes),
-            lambda tunable, shape, tokens: graph_timer(tunable, tunable.call(shape, tokens)),
-        )
+        with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
+            rows = tune(
+                plan,
+                family,
+                gate(pool, family),
+                lambda tunable, shape, tokens: graph_timer(tunable, tunable.call(shape, tokens)),
+            )
     from moe_runtime_kernels._triton.tuned import TABLE
 
     from moe_runtime.machine import describe_machine, device_folder

@@ -147,6 +147,27 @@ def test_keys_hold_powers_of_two_rounded_up(size, rounded):
     assert tuned.make_key("hip", 2, size, 2048, size) == ("hip", 2, rounded, 2048, rounded)
 
 
+def test_the_gate_is_asked_once_about_each_launch_and_ships_the_closed_form(monkeypatch):
+    asked = []
+
+    class Inline:
+        def map(self, fn, launches):
+            return [fn(launch) for launch in launches]
+
+    def refusals(kernel, one, family):
+        asked.append((kernel, one, family))
+        return ["spills"] if one.block_n == 64 else []
+
+    monkeypatch.setattr(tune, "refusals", refusals)
+    accept = tune.gate(Inline(), "cuda90")
+    first, narrow, flat = launch(), launch(block_n=64), launch(group=1)
+    assert accept(tunables.TUNABLES[0], [first, narrow, flat]) == [first, flat]
+    assert accept(tunables.TUNABLES[0], [narrow, flat, narrow]) == [narrow, flat]
+    assert asked == [("grouped_gemm plain", one, "cuda90") for one in (first, narrow, flat)]
+    accept(tunables.TUNABLES[1], [first, flat])
+    assert len(asked) == 5
+
+
 KEY = tuned.Key("cuda90", 2, 1024, 2048, 512)
 
 
