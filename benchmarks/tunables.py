@@ -53,10 +53,10 @@ class Tunable:
         return getattr(self.module(), self.choice)(2, *sizes, aligned=True, family=family, **keywords)
 
     def is_of(self, compilation: Any) -> bool:
-        """Whether a compilation is of this kernel in bfloat16, aligned, without dependent launch."""
+        """In bfloat16, aligned, without dependent launch; what is added to a main gradient is another one."""
         words = compilation.label.split()
         wanted = {"bf16", *self.labels} <= set(words) and compilation.kernel.fn.__name__ == self.function
-        return wanted and not compilation.options.pdl and "odd" not in words
+        return wanted and not compilation.options.pdl and not {"odd", "added"} & set(words)
 
 
 @contextmanager
