@@ -45,7 +45,7 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "block_k": (32, 64, 128),
     "block_r": (32, 64, 128),
     "slices": (1, 2, 4),
-    "tma": (False, True),
+    "tma": (False,),  # the closed form knows where there can be descriptors
     "group": (1, 4, 8, 16),
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4),
@@ -215,7 +215,7 @@ class Plan:
 
     def points(self, family: str) -> Iterator[tuple[Tunable, Shape, int, Any]]:
         """Kernel, shape, tokens and key; a kernel has no point in shapes that are not its own."""
-        from moe_runtime_kernels._triton.tuned import make_key
+        from moe_runtime_kernels._triton.tuned import Case, make_key
 
         seen = set()
         for tunable in TUNABLES:
@@ -225,7 +225,7 @@ class Plan:
                 if model not in tunable.shapes:
                     continue
                 shape = tunable.shapes[model]
-                key = make_key(family, 2, *tunable.sizes(shape, tokens))
+                key = make_key(family, 2, Case(tunable.kernel, *tunable.sizes(shape, tokens)))
                 if (tunable.kernel, key) not in seen:
                     seen.add((tunable.kernel, key))
                     yield tunable, shape, tokens, key

@@ -19,7 +19,6 @@ from moe_runtime_kernels._triton.grouped_gemm import GroupedLaunch, choose_launc
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [tunable.kernel for tunable in tunables.TUNABLES]
-EXPERTS_ROWS = [(1, 1), (2, 2), (3, 4), (512, 512), (513, 1024)]
 
 
 def run_tune(*options):
@@ -142,9 +141,10 @@ def test_each_key_is_searched_once():
     assert keys == [("cuda90", 2, 1024, 2048, 1), ("cuda90", 2, 1024, 2048, 1024)]
 
 
-@pytest.mark.parametrize(("size", "rounded"), EXPERTS_ROWS)
+@pytest.mark.parametrize(("size", "rounded"), [(1, 1), (2, 2), (3, 4), (512, 512), (513, 1024)])
 def test_keys_hold_powers_of_two_rounded_up(size, rounded):
-    assert tuned.make_key("hip", 2, size, 2048, size) == ("hip", 2, rounded, 2048, rounded)
+    case = tuned.Case("grouped_gemm plain", size, 2048, size)
+    assert tuned.make_key("hip", 2, case) == ("hip", 2, rounded, 2048, rounded)
 
 
 def test_the_gate_is_asked_once_about_each_launch_and_ships_the_closed_form(monkeypatch):
@@ -171,15 +171,41 @@ def test_the_gate_is_asked_once_about_each_launch_and_ships_the_closed_form(monk
 KEY = tuned.Key("cuda90", 2, 1024, 2048, 512)
 
 
+CASE = tuned.Case("grouped_gemm plain", 768, 2048, 512)
+
+
 def test_the_table_is_looked_up_by_kernel_and_key(monkeypatch):
     fields = tune.fields_of(launch(block_n=64, num_warps=4))
     monkeypatch.setattr(tuned, "TABLE", {"grouped_gemm plain": {KEY: fields}})
+    assert tuned.make_key("cuda90", 2, CASE) == KEY
     assert tuned.tuned("grouped_gemm plain", KEY) == fields
     assert tuned.tuned("grouped_gemm plain", KEY._replace(family="cuda80")) is None
-    assert tuned.tuned("grouped_wgrad", KEY) is None
-    found = tuned.tuned_launch("grouped_gemm plain", GroupedLaunch, KEY)
-    assert found == launch(block_n=64, num_warps=4)
-    assert tuned.tuned_launches("grouped_gemm plain", GroupedLaunch) == [(KEY, found)]
+    assert tuned.tuned("grouped_gemm gathered", KEY) is None
+    assert tuned.as_launch(GroupedLaunch, fields) == launch(block_n=64, num_warps=4)
+
+
+def test_a_measured_launch_comes_before_the_closed_form(monkeypatch):
+    closed = [launch()]
+    choose = tuned.measured_first(lambda itemsize, N, *, aligned, family, flag=0: closed[0])
+    measured = launch(block_n=64)
+    monkeypatch.setattr(tuned, "TABLE", {CASE.kernel: {KEY: tune.fields_of(measured)}})
+    for_it = {"aligned": True, "family": "cuda90", "flag": 1, "case": CASE}
+    assert choose(2, 8, **for_it) == measured
+    for other in (
+        {"aligned": False},
+        {"family": "cuda80"},
+        {"case": None},
+        {"case": CASE._replace(rows=4096)},
+        {"case": CASE._replace(kernel="grouped_gemm gathered")},
+    ):
+        assert choose(2, 8, **{**for_it, **other}) == closed[0], other
+    assert choose(4, 8, **for_it) == closed[0]
+    # descriptors are taken only where the closed form has some
+    assert measured.tma
+    closed[0] = launch(block_n=256, tma=False)
+    assert choose(2, 8, **for_it) == closed[0]
+    monkeypatch.setattr(tuned, "TABLE", {CASE.kernel: {KEY: tune.fields_of(launch(block_n=64, tma=False))}})
+    assert choose(2, 8, **for_it) == launch(block_n=64, tma=False)
 
 
 def test_the_tables_file_is_what_is_rendered_from_it():

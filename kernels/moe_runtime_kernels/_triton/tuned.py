@@ -6,14 +6,25 @@ rounded up. What is not in the table is chosen by the closed form beside the loo
 call and no environment variable.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields as fields_of
+from dataclasses import replace
+from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
-from .launch import Options
+from .launch import Compilation, Options
 
 Launch = TypeVar("Launch")
 Fields = dict[str, int | bool]
+
+
+class Case(NamedTuple):
+    """A product that a kernel is launched for; rows of an expert on average, if there are experts."""
+
+    kernel: str
+    inner: int
+    outer: int
+    rows: int
 
 
 class Key(NamedTuple):
@@ -23,7 +34,7 @@ class Key(NamedTuple):
     itemsize: int
     inner: int
     outer: int
-    rows: int  # of an expert on average, or of a product without experts
+    rows: int
 
 
 def round_up(size: int) -> int:
@@ -31,8 +42,8 @@ def round_up(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def make_key(family: str, itemsize: int, inner: int, outer: int, rows: int) -> Key:
-    return Key(family, itemsize, round_up(inner), round_up(outer), round_up(rows))
+def make_key(family: str, itemsize: int, case: Case) -> Key:
+    return Key(family, itemsize, *map(round_up, case[1:]))
 
 
 def tuned(kernel: str, key: Key) -> Fields | None:
@@ -48,15 +59,39 @@ def as_launch(launch_type: Callable[..., Launch], fields: Fields) -> Launch:
     return launch_type(**sizes, options=Options(**options))
 
 
-def tuned_launch(kernel: str, launch_type: Callable[..., Launch], key: Key) -> Launch | None:
-    """As `tuned`, as the dataclass of the kernel's launch choice."""
-    fields = tuned(kernel, key)
-    return None if fields is None else as_launch(launch_type, fields)
+def measured_first(choose: Callable[..., Any]) -> Callable[..., Any]:
+    """A launch choice that looks into the table first, for the product that its keyword `case` names.
+
+    The table is of 16-bit operands whose rows are aligned. A launch with descriptors is taken only where the
+    closed form has them too, which knows whether there can be any.
+    """
+
+    @wraps(choose)
+    def choose_measured(
+        itemsize: int, *sizes: int, aligned: bool, family: str, case: Case | None = None, **more: Any
+    ) -> Any:
+        closed_form = choose(itemsize, *sizes, aligned=aligned, family=family, **more)
+        if case is None or itemsize != 2 or not aligned:
+            return closed_form
+        fields = tuned(case.kernel, make_key(family, itemsize, case))
+        if fields is None or (fields.get("tma", False) and not closed_form.tma):
+            return closed_form
+        return as_launch(type(closed_form), fields)
+
+    return choose_measured
 
 
-def tuned_launches(kernel: str, launch_type: Callable[..., Launch]) -> list[tuple[Key, Launch]]:
-    """Every entry of a kernel: what `compilations` adds to those of the closed form."""
-    return [(key, as_launch(launch_type, fields)) for key, fields in TABLE.get(kernel, {}).items()]
+def tuned_compilations(
+    kernel: str,
+    launch_type: Callable[..., Launch],
+    compilations_of: Callable[[Launch], Iterable[Compilation]],
+) -> list[Compilation]:
+    """What the table adds to a kernel's compilations: each entry's, for the devices it was measured on."""
+    return [
+        replace(made, families=(key.family,))
+        for key, fields in TABLE.get(kernel, {}).items()
+        for made in compilations_of(as_launch(launch_type, fields))
+    ]
 
 
 # --- measured: written by `python -m benchmarks tune` -----------------------------------
