@@ -10,6 +10,9 @@ Gradients, over the rows n of expert e:
 
 Products take the storage dtype in and sum in float32. Each gradient is an operation of its own, so that one
 that nobody asked for costs nothing. Experts without rows get gradients of zero.
+
+With a main gradient, a float32 tensor of the weight's shape, dweight is added to it without being rounded to
+the storage dtype, and the weight gets no gradient of its own: main_grad[e] += sum of dy[n]^T x[n].
 """
 
 from typing import Any
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import FLOATS, check_dims, check_dtype, check_same, check_shape
+from ._checks import FLOATS, check_device, check_dims, check_dtype, check_same, check_shape
 from ._cpu import product
 from ._dispatch import accumulator, cast_for_autocast, register_kernel, register_reference
 from .permute import gather_rows_reference, scatter_rows_op
@@ -44,12 +47,22 @@ torch.library.define(
     "moe_runtime::gathered_grouped_gemm_weight_grad",
     "(Tensor grad_out, Tensor x, Tensor token, Tensor offset) -> Tensor",
 )
+torch.library.define(
+    "moe_runtime::grouped_gemm_add_weight_grad",
+    "(Tensor grad_out, Tensor x, Tensor(a!) main_grad, Tensor offset) -> ()",
+)
+torch.library.define(
+    "moe_runtime::gathered_grouped_gemm_add_weight_grad",
+    "(Tensor grad_out, Tensor x, Tensor token, Tensor(a!) main_grad, Tensor offset) -> ()",
+)
 torch.library.define("moe_runtime::grouped_gemm_bias_grad", "(Tensor grad_out, Tensor offset) -> Tensor")
 _grouped_gemm = torch.ops.moe_runtime.grouped_gemm.default
 _gathered_grouped_gemm = torch.ops.moe_runtime.gathered_grouped_gemm.default
 _input_grad = torch.ops.moe_runtime.grouped_gemm_input_grad.default
 _weight_grad = torch.ops.moe_runtime.grouped_gemm_weight_grad.default
 _gathered_weight_grad = torch.ops.moe_runtime.gathered_grouped_gemm_weight_grad.default
+_add_weight_grad = torch.ops.moe_runtime.grouped_gemm_add_weight_grad.default
+_gathered_add_weight_grad = torch.ops.moe_runtime.gathered_grouped_gemm_add_weight_grad.default
 _bias_grad = torch.ops.moe_runtime.grouped_gemm_bias_grad.default
 
 
@@ -76,6 +89,16 @@ def _(grad_out, x, offset):
 @torch.library.register_fake("moe_runtime::gathered_grouped_gemm_weight_grad")
 def _(grad_out, x, token, offset):
     return x.new_empty(offset.shape[0], grad_out.shape[1], x.shape[1])
+
+
+@torch.library.register_fake("moe_runtime::grouped_gemm_add_weight_grad")
+def _(grad_out, x, main_grad, offset):
+    return None
+
+
+@torch.library.register_fake("moe_runtime::gathered_grouped_gemm_add_weight_grad")
+def _(grad_out, x, token, main_grad, offset):
+    return None
 
 
 @torch.library.register_fake("moe_runtime::grouped_gemm_bias_grad")
@@ -132,6 +155,20 @@ def gathered_weight_grad_reference(
     return weight_grad_reference(grad_NO, gather_rows_reference(x_TI, token_N), offset_E)
 
 
+@register_reference("moe_runtime::grouped_gemm_add_weight_grad")
+def add_weight_grad_reference(grad_NO: Tensor, x_NI: Tensor, main_grad_EOI: Tensor, offset_E: Tensor) -> None:
+    acc = main_grad_EOI.dtype
+    for e, rows in expert_slices(offset_E):
+        main_grad_EOI[e] += grad_NO[rows].to(acc).t() @ x_NI[rows].to(acc)
+
+
+@register_reference("moe_runtime::gathered_grouped_gemm_add_weight_grad")
+def gathered_add_weight_grad_reference(
+    grad_NO: Tensor, x_TI: Tensor, token_N: Tensor, main_grad_EOI: Tensor, offset_E: Tensor
+) -> None:
+    add_weight_grad_reference(grad_NO, gather_rows_reference(x_TI, token_N), main_grad_EOI, offset_E)
+
+
 @register_reference("moe_runtime::grouped_gemm_bias_grad")
 def bias_grad_reference(grad_NO: Tensor, offset_E: Tensor) -> Tensor:
     acc = accumulator(grad_NO.dtype)
@@ -168,6 +205,10 @@ register_kernel("moe_runtime::grouped_gemm_weight_grad", "grouped_wgrad", "launc
 register_kernel(
     "moe_runtime::gathered_grouped_gemm_weight_grad", "grouped_wgrad", "launch_gathered_weight_grad"
 )
+register_kernel("moe_runtime::grouped_gemm_add_weight_grad", "grouped_wgrad", "launch_add_weight_grad")
+register_kernel(
+    "moe_runtime::gathered_grouped_gemm_add_weight_grad", "grouped_wgrad", "launch_gathered_add_weight_grad"
+)
 register_kernel("moe_runtime::grouped_gemm_bias_grad", "grouped_wgrad", "launch_bias_grad")
 
 
@@ -176,9 +217,8 @@ register_kernel("moe_runtime::grouped_gemm_bias_grad", "grouped_wgrad", "launch_
 
 class _GroupedGemm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor, tile_end: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        offset, tile_end, ctx.main_grad = rest
         ctx.save_for_backward(x, weight, offset, tile_end)
         return _grouped_gemm(x, weight, offset, tile_end, bias)
 
@@ -189,15 +229,20 @@ class _GroupedGemm(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_out = grad_out.contiguous()
         dx = _input_grad(grad_out, weight, offset, tile_end) if needs_x else None
-        dweight = _weight_grad(grad_out, x, offset) if needs_weight else None
+        dweight = None
+        if needs_weight and ctx.main_grad is not None:
+            _add_weight_grad(grad_out, x, ctx.main_grad, offset)
+            torch.autograd.graph.increment_version(ctx.main_grad)
+        elif needs_weight:
+            dweight = _weight_grad(grad_out, x, offset)
         dbias = _bias_grad(grad_out, offset) if needs_bias else None
-        return dx, dweight, dbias, None, None
+        return dx, dweight, dbias, None, None, None
 
 
 class _GatheredGroupedGemm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *plan: Tensor) -> Tensor:
-        row, token, offset, tile_end = plan
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        row, token, offset, tile_end, ctx.main_grad = rest
         ctx.save_for_backward(x, weight, row, token, offset, tile_end)
         return _gathered_grouped_gemm(x, weight, token, offset, tile_end, bias)
 
@@ -210,13 +255,23 @@ class _GatheredGroupedGemm(torch.autograd.Function):
         dx = None
         if needs_x:
             dx = scatter_rows_op(_input_grad(grad_out, weight, offset, tile_end), row)
-        dweight = _gathered_weight_grad(grad_out, x, token, offset) if needs_weight else None
+        dweight = None
+        if needs_weight and ctx.main_grad is not None:
+            _gathered_add_weight_grad(grad_out, x, token, ctx.main_grad, offset)
+            torch.autograd.graph.increment_version(ctx.main_grad)
+        elif needs_weight:
+            dweight = _gathered_weight_grad(grad_out, x, token, offset)
         dbias = _bias_grad(grad_out, offset) if needs_bias else None
-        return dx, dweight, dbias, None, None, None, None
+        return dx, dweight, dbias, None, None, None, None, None
 
 
 def grouped_gemm(
-    x_NI: Tensor, weight_EOI: Tensor, plan: RoutingPlan, bias_EO: Tensor | None = None
+    x_NI: Tensor,
+    weight_EOI: Tensor,
+    plan: RoutingPlan,
+    bias_EO: Tensor | None = None,
+    *,
+    main_grad_EOI: Tensor | None = None,
 ) -> Tensor:
     """Each expert's rows times its matrix.
 
@@ -225,6 +280,8 @@ def grouped_gemm(
         weight_EOI: one matrix per expert, x's dtype.
         plan: from `make_plan`, for the same N and E.
         bias_EO: added to each of the expert's rows, x's dtype.
+        main_grad_EOI: contiguous, float32 (float64 for float64); backward adds the weight's gradient to it
+            and returns none for the weight. Untouched where the weight requires no gradient.
 
     Returns:
         y_NO in x's dtype (autocast's where that is on); rows past the last expert's are zero.
@@ -233,13 +290,19 @@ def grouped_gemm(
         ValueError: shapes, dtypes or devices disagree. Non-contiguous tensors are copied first.
     """
     x_NI, weight_EOI, bias_EO = _checked("grouped_gemm", x_NI, weight_EOI, plan, bias_EO)
+    check_main_grad("grouped_gemm", "main_grad", main_grad_EOI, "weight", weight_EOI)
     T, K = plan.row_TK.shape
     check_shape("grouped_gemm", "x", x_NI, (T * K, weight_EOI.shape[2]), "(T*K, I)")
-    return _GroupedGemm.apply(x_NI, weight_EOI, bias_EO, plan.offset_E, plan.tile_end_ME)
+    return _GroupedGemm.apply(x_NI, weight_EOI, bias_EO, plan.offset_E, plan.tile_end_ME, main_grad_EOI)
 
 
 def gathered_grouped_gemm(
-    x_TI: Tensor, weight_EOI: Tensor, plan: RoutingPlan, bias_EO: Tensor | None = None
+    x_TI: Tensor,
+    weight_EOI: Tensor,
+    plan: RoutingPlan,
+    bias_EO: Tensor | None = None,
+    *,
+    main_grad_EOI: Tensor | None = None,
 ) -> Tensor:
     """`grouped_gemm(gather_rows(x, plan), weight, plan, bias)` without storing the gathered rows.
 
@@ -248,6 +311,8 @@ def gathered_grouped_gemm(
         weight_EOI: one matrix per expert, x's dtype.
         plan: from `make_plan`, for the same T and E.
         bias_EO: added to each of the expert's rows, x's dtype.
+        main_grad_EOI: contiguous, float32 (float64 for float64); backward adds the weight's gradient to it
+            and returns none for the weight. Untouched where the weight requires no gradient.
 
     Returns:
         y_NO in x's dtype (autocast's where that is on); rows past the last expert's are zero.
@@ -256,10 +321,33 @@ def gathered_grouped_gemm(
         ValueError: shapes, dtypes or devices disagree. Non-contiguous tensors are copied first.
     """
     x_TI, weight_EOI, bias_EO = _checked("gathered_grouped_gemm", x_TI, weight_EOI, plan, bias_EO)
+    check_main_grad("gathered_grouped_gemm", "main_grad", main_grad_EOI, "weight", weight_EOI)
     check_shape("gathered_grouped_gemm", "x", x_TI, (plan.row_TK.shape[0], weight_EOI.shape[2]), "(T, I)")
     return _GatheredGroupedGemm.apply(
-        x_TI, weight_EOI, bias_EO, plan.row_TK, plan.token_N, plan.offset_E, plan.tile_end_ME
+        x_TI, weight_EOI, bias_EO, plan.row_TK, plan.token_N, plan.offset_E, plan.tile_end_ME, main_grad_EOI
     )
+
+
+def check_main_grad(op: str, name: str, main_grad: Tensor | None, weight_name: str, weight: Tensor) -> None:
+    """A main gradient can be added to in place; None is none. `weight` has the dtype of the products."""
+    if main_grad is None:
+        return
+    if main_grad.shape != weight.shape:
+        raise ValueError(
+            f"{op}: {name} must have the shape of {weight_name}, {tuple(weight.shape)}, got "
+            f"{tuple(main_grad.shape)}"
+        )
+    check_dtype(op, name, main_grad, (accumulator(weight.dtype),))
+    check_device(op, name, main_grad, weight.device)
+    if not main_grad.is_contiguous():
+        raise ValueError(
+            f"{op}: {name} must be contiguous, because it is added to in place, got strides "
+            f"{main_grad.stride()}"
+        )
+    if main_grad.requires_grad:
+        raise ValueError(
+            f"{op}: {name} must not require a gradient, because it is added to in place, got one that does"
+        )
 
 
 def _checked(

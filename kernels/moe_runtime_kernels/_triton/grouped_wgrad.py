@@ -1,7 +1,8 @@
 """Triton kernels for grouped_gemm's gradients in weight and bias. Contract and reference: ../grouped_gemm.py.
 
 A program owns a block of one expert's gradient and goes through the expert's rows in order, so that nothing
-is added by two programs; an expert without rows gets its zeros from the same kernel.
+is added by two programs; an expert without rows gets its zeros from the same kernel. A gradient in weight can
+instead be added to a float32 main gradient: the program that owns a block loads it, adds and stores it.
 """
 
 from dataclasses import dataclass, replace
@@ -38,13 +39,17 @@ def _weight_grad_kernel(
     I,
     GATHER_GRAD: tl.constexpr,
     GATHER_X: tl.constexpr,
+    ADD: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (E * cdiv(O, BLOCK_O) * cdiv(I, BLOCK_I),): a block of dweight[e] = sum of grad[n]^T x[n]."""
+    """Grid (E * cdiv(O, BLOCK_O) * cdiv(I, BLOCK_I),): a block of dweight[e] = sum of grad[n]^T x[n].
+
+    ADD: dweight[e] += that sum, and the block of an expert without rows is neither read nor written.
+    """
     blocks_o, blocks_i = tl.cdiv(O, BLOCK_O), tl.cdiv(I, BLOCK_I)
     per_expert = blocks_o * blocks_i
     expert = tl.program_id(0) // per_expert
@@ -72,6 +77,9 @@ def _weight_grad_kernel(
     allow_next_kernel(PDL)
     at = expert.to(tl.int64) * O * I + (o[:, None] * I + i[None, :])
     inside = (o < O)[:, None] & (i < I)[None, :]
+    if ADD:
+        inside &= num_rows > 0
+        acc += tl.load(dweight_ptr + at, mask=inside, other=0.0)  # [BLOCK_O, BLOCK_I]
     tl.store(dweight_ptr + at, acc.to(dweight_ptr.dtype.element_ty), mask=inside)
 
 
@@ -129,13 +137,14 @@ class WeightGradLaunch:
     options: Options
 
 
-def choose_launch(itemsize: int, *, aligned: bool, family: str) -> WeightGradLaunch:
+def choose_launch(itemsize: int, *, aligned: bool, family: str, add: bool = False) -> WeightGradLaunch:
     """From compile checks; not yet measured on a GPU.
 
     Args:
         itemsize: bytes of an element, 2 or 4.
         aligned: rows start where 16 bytes can be loaded at once; others are loaded element by element.
         family: of `device_family`.
+        add: to a main gradient, whose block is in registers beside the sum: 256 columns would be spilled.
     """
     if itemsize == 4 or not aligned:
         return WeightGradLaunch(
@@ -148,7 +157,7 @@ def choose_launch(itemsize: int, *, aligned: bool, family: str) -> WeightGradLau
     wide = family in ("cuda90", "cuda100")
     return WeightGradLaunch(
         block_o=128,
-        block_i=256 if wide else 128,
+        block_i=256 if wide and not add else 128,
         block_r=64 if wide else 32,
         group=4,
         options=Options(num_warps=8, num_stages=2 if family == "hip" else 3),
@@ -168,27 +177,34 @@ def grouped_weight_grad(
     *,
     grad_token: Tensor | None = None,
     x_token: Tensor | None = None,
+    main_grad: Tensor | None = None,
 ) -> Tensor:
-    """sum of grad[n]^T x[n] over the rows n of each expert, [E, O, I]; a token index gathers that operand."""
+    """sum of grad[n]^T x[n] over the rows n of each expert, [E, O, I]; a token index gathers that operand.
+
+    With a float32 `main_grad` the sum is added to it, and what is returned has 0 elements.
+    """
     check_16_or_32_bits("grouped_gemm", x)
     E, O, I = offset.shape[0], grad.shape[1], x.shape[1]
-    dweight = x.new_empty(E, O, I)
-    if dweight.numel() == 0:
+    dweight = x.new_empty((E, O, I) if main_grad is None else 0)
+    out = dweight if main_grad is None else main_grad
+    if out.numel() == 0:
         return dweight
-    aligned = aligned_to_16((I, O), grad, x)
-    launch = choose_launch(x.itemsize, aligned=aligned, family=device_family(x.device))
+    aligned = aligned_to_16((I, O), grad, x, out)
+    add, family = main_grad is not None, device_family(x.device)
+    launch = choose_launch(x.itemsize, aligned=aligned, family=family, add=add)
     blocks = triton.cdiv(O, launch.block_o) * triton.cdiv(I, launch.block_i)
     _weight_grad_kernel[(E * blocks,)](
         grad,
         grad_token,
         x,
         x_token,
-        dweight,
+        out,
         offset,
         O,
         I,
         GATHER_GRAD=grad_token is not None,
         GATHER_X=x_token is not None,
+        ADD=add,
         BLOCK_O=launch.block_o,
         BLOCK_I=launch.block_i,
         BLOCK_R=launch.block_r,
@@ -237,6 +253,16 @@ def launch_gathered_weight_grad(grad: Tensor, x: Tensor, token: Tensor, offset: 
     return grouped_weight_grad(grad, x, offset, x_token=token)
 
 
+def launch_add_weight_grad(grad: Tensor, x: Tensor, main_grad: Tensor, offset: Tensor) -> None:
+    grouped_weight_grad(grad, x, offset, main_grad=main_grad)
+
+
+def launch_gathered_add_weight_grad(
+    grad: Tensor, x: Tensor, token: Tensor, main_grad: Tensor, offset: Tensor
+) -> None:
+    grouped_weight_grad(grad, x, offset, x_token=token, main_grad=main_grad)
+
+
 def launch_bias_grad(grad: Tensor, offset: Tensor) -> Tensor:
     return grouped_bias_grad(grad, offset)
 
@@ -246,13 +272,14 @@ ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 def compilations() -> list[Compilation]:
     """Every configuration that `choose_launch` gives, with neither or one operand gathered."""
-    found: dict[tuple[str, WeightGradLaunch, bool], list[str]] = {}
-    for family, (dtype, itemsize), aligned in product(FAMILIES, ITEMSIZES.items(), (True, False)):
-        launch = choose_launch(itemsize, aligned=aligned, family=family)
-        found.setdefault((dtype, launch, aligned), []).append(family)
+    found: dict[tuple[str, WeightGradLaunch, bool, bool], list[str]] = {}
+    kinds = product(FAMILIES, ITEMSIZES.items(), (True, False), (False, True))
+    for family, (dtype, itemsize), aligned, add in kinds:
+        launch = choose_launch(itemsize, aligned=aligned, family=family, add=add)
+        found.setdefault((dtype, launch, aligned, add), []).append(family)
     weight_grads = [
-        _weight_compilation(dtype, launch, gathered, aligned, pdl=pdl, families=tuple(families))
-        for (dtype, launch, aligned), families in found.items()
+        _weight_compilation(dtype, launch, gathered, aligned, add=add, pdl=pdl, families=tuple(families))
+        for (dtype, launch, aligned, add), families in found.items()
         for gathered, pdl in product((None, "grad", "x"), (False, True))
     ]
     bias_grads = [
@@ -268,6 +295,7 @@ def _weight_compilation(
     gathered: str | None,
     aligned: bool,
     *,
+    add: bool,
     pdl: bool,
     families: tuple[str, ...],
 ) -> Compilation:
@@ -277,12 +305,12 @@ def _weight_compilation(
         "grad_token_ptr": "*i32" if gathered == "grad" else "constexpr",
         "x_ptr": pointer,
         "x_token_ptr": "*i32" if gathered == "x" else "constexpr",
-        "dweight_ptr": pointer,
+        "dweight_ptr": "*fp32" if add else pointer,
         "offset_ptr": "*i32",
         **dict.fromkeys(("O", "I"), "i32"),
     }
     size = f"{launch.block_o}x{launch.block_i}x{launch.block_r}"
-    what = f"gathered {gathered}" if gathered else "plain"
+    what = f"{f'gathered {gathered}' if gathered else 'plain'}{' added' if add else ''}"
     return Compilation(
         kernel=_weight_grad_kernel,
         label=f"{dtype} {size} {what}{'' if aligned else ' odd'}{' pdl' if pdl else ''}",
@@ -291,6 +319,7 @@ def _weight_compilation(
             **{name: None for name, type_ in signature.items() if type_ == "constexpr"},
             "GATHER_GRAD": gathered == "grad",
             "GATHER_X": gathered == "x",
+            "ADD": add,
             "BLOCK_O": launch.block_o,
             "BLOCK_I": launch.block_i,
             "BLOCK_R": launch.block_r,
