@@ -4,7 +4,8 @@
     a[n] = act(h[n, :F]) * h[n, F:]   gated,    act(h[n])   otherwise
     y[t] = residual[t] + sum over k of weight[t, k] * (a[row[t, k]] @ down[e].T + down_bias[e])
 
-Backward keeps x, h and the plan, nothing of size N * D. With g[n] = dy[token[n]] and w[n] the gate of row n:
+Backward keeps x, h and the plan, nothing of size N * D; with `recompute` x and the plan, and h is computed a
+second time, the same way. With g[n] = dy[token[n]] and w[n] the gate of row n:
 
     da'[n] = g[n] @ down[e]                           dh[n] = w[n] * da'[n] * da/dh
     dweight = <da'[n], a[n]> + <g[n], down_bias[e]>   dx[t] = sum over k of dh[n] @ gate_up[e], n = row[t, k]
@@ -12,6 +13,7 @@ Backward keeps x, h and the plan, nothing of size N * D. With g[n] = dy[token[n]
     ddown_bias[e] = sum of w[n] g[n]                  dgate_up_bias[e] = sum of dh[n]
 
 Products take the storage dtype in and sum in float32; activations, gates and sums over choices are float32.
+ddown and dgate_up can be added to float32 main gradients instead of being returned, without being rounded.
 The identity for dweight and the set of saved tensors follow SonicMoE (Guo et al. 2025).
 """
 
@@ -26,8 +28,9 @@ from ._checks import FLOATS, check_choice, check_dims, check_dtype, check_same, 
 from ._dispatch import accumulator, cast_for_autocast, register_kernel, register_reference
 from .combine import check_gates, combine_reference
 from .grouped_gemm import (
+    add_weight_grad_reference,
     bias_grad_reference,
-    gathered_weight_grad_reference,
+    check_main_grad,
     grouped_gemm_reference,
     input_grad_reference,
     weight_grad_reference,
@@ -43,15 +46,22 @@ torch.library.define(
     " Tensor? residual, Tensor row, Tensor token, Tensor slot, Tensor offset, Tensor tile_end,"
     " str activation, bool keep_h) -> (Tensor y, Tensor h)",
 )
-# `needs` says which of the six gradients are wanted; one that is not has 0 elements
+# Without h, it is computed again. `needs` says which of the six gradients are wanted; one that is not has 0
+# elements, and so has one that is added to a main gradient, in an operation of its own: this one stays pure.
+_OPERANDS = (
+    "Tensor grad_out, Tensor x, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias,"
+    " Tensor weight, Tensor row, Tensor token, Tensor slot, Tensor offset, Tensor tile_end, Tensor? h,"
+    " str activation, bool[] needs"
+)
+_GRADS = "(Tensor dx, Tensor dgate_up, Tensor ddown, Tensor dgate_up_bias, Tensor ddown_bias, Tensor dweight)"
+torch.library.define("moe_runtime::expert_ffn_backward", f"({_OPERANDS}) -> {_GRADS}")
 torch.library.define(
-    "moe_runtime::expert_ffn_backward",
-    "(Tensor grad_out, Tensor x, Tensor gate_up, Tensor down, Tensor? down_bias, Tensor weight, Tensor row,"
-    " Tensor token, Tensor slot, Tensor offset, Tensor tile_end, Tensor h, str activation, bool[] needs)"
-    " -> (Tensor dx, Tensor dgate_up, Tensor ddown, Tensor dgate_up_bias, Tensor ddown_bias, Tensor dweight)",
+    "moe_runtime::expert_ffn_add_backward",
+    f"({_OPERANDS}, Tensor(a!)? gate_up_main_grad, Tensor(b!)? down_main_grad) -> {_GRADS}",
 )
 _expert_ffn = torch.ops.moe_runtime.expert_ffn.default
 _expert_ffn_backward = torch.ops.moe_runtime.expert_ffn_backward.default
+_expert_ffn_add_backward = torch.ops.moe_runtime.expert_ffn_add_backward.default
 
 
 @torch.library.register_fake("moe_runtime::expert_ffn")
@@ -62,11 +72,25 @@ def _(x, gate_up, *rest):
 
 
 @torch.library.register_fake("moe_runtime::expert_ffn_backward")
-def _(grad_out, x, gate_up, down, down_bias, weight, *rest):
+def _gradient_shapes(grad_out, x, gate_up, down, gate_up_bias, down_bias, weight, *rest):
     needs = rest[-1]
     shapes = (x.shape, gate_up.shape, down.shape, gate_up.shape[:2], down.shape[:2])
     grads = (x.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs[:5], strict=True))
     return *grads, weight.new_empty(weight.shape if needs[5] else (0,))
+
+
+@torch.library.register_fake("moe_runtime::expert_ffn_add_backward")
+def _(*arguments):
+    *operands, needs, gate_up_main_grad, down_main_grad = arguments
+    return _gradient_shapes(*operands, _returned(needs, gate_up_main_grad, down_main_grad))
+
+
+def _returned(
+    needs: Sequence[bool], gate_up_main_grad: Tensor | None, down_main_grad: Tensor | None
+) -> list[bool]:
+    """Which gradients are returned: those that are needed and not added to a main gradient."""
+    x, gate_up, down, *rest = needs
+    return [x, gate_up and gate_up_main_grad is None, down and down_main_grad is None, *rest]
 
 
 # --- reference: the definition, in the plainest PyTorch; also the CPU path --------------
@@ -125,12 +149,14 @@ def expert_ffn_reference(  # noqa: PLR0913 - the operation's own arguments, in i
     return y_TD, h_NG if keep_h else h_NG.new_empty(0, h_NG.shape[1])
 
 
+@register_reference("moe_runtime::expert_ffn_add_backward")
 @register_reference("moe_runtime::expert_ffn_backward")
 def expert_ffn_backward_reference(  # noqa: PLR0913 - the operation's own arguments, in its schema's order
     grad_TD: Tensor,
     x_TD: Tensor,
     gate_up_EGD: Tensor,
     down_EDF: Tensor,
+    gate_up_bias_EG: Tensor | None,
     down_bias_ED: Tensor | None,
     weight_TK: Tensor,
     row_TK: Tensor,
@@ -138,9 +164,11 @@ def expert_ffn_backward_reference(  # noqa: PLR0913 - the operation's own argume
     slot_N: Tensor,
     offset_E: Tensor,
     tile_end_ME: Tensor,
-    h_NG: Tensor,
+    h_NG: Tensor | None,
     activation: str,
     needs: Sequence[bool],
+    gate_up_main_grad: Tensor | None = None,
+    down_main_grad: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     needs_x, needs_gate_up, needs_down, needs_gate_up_bias, needs_down_bias, needs_weight = needs
     dtype, acc = x_TD.dtype, accumulator(x_TD.dtype)
@@ -149,11 +177,11 @@ def expert_ffn_backward_reference(  # noqa: PLR0913 - the operation's own argume
 
     grad_ND = gather_rows_reference(grad_TD.to(dtype), token_N)
     weight_N1 = gather_rows_reference(weight_TK.reshape(-1, 1).to(acc), slot_N)
-    wide_NG = h_NG.to(acc)
+    wide_NG = _h(h_NG, x_TD, gate_up_EGD, gate_up_bias_EG, token_N, offset_E).to(acc)
     if needs_weight or needs_down:
         a_NF = _activate(wide_NG, down_EDF.shape[2], activation)
     if needs_down:
-        ddown = weight_grad_reference(grad_ND, (weight_N1 * a_NF).to(dtype), offset_E)
+        ddown = _weight_grad(grad_ND, (weight_N1 * a_NF).to(dtype), offset_E, down_main_grad)
     if needs_down_bias:
         ddown_bias = bias_grad_reference(weight_N1 * grad_ND.to(acc), offset_E).to(dtype)
     if needs_weight or needs_x or needs_gate_up or needs_gate_up_bias:
@@ -165,12 +193,35 @@ def expert_ffn_backward_reference(  # noqa: PLR0913 - the operation's own argume
     if needs_x or needs_gate_up or needs_gate_up_bias:
         dh_NG = _activate_backward(weight_N1 * da_NF, wide_NG, activation).to(dtype)
     if needs_gate_up:
-        dgate_up = gathered_weight_grad_reference(dh_NG, x_TD, token_N, offset_E)
+        x_ND = gather_rows_reference(x_TD, token_N)
+        dgate_up = _weight_grad(dh_NG, x_ND, offset_E, gate_up_main_grad)
     if needs_gate_up_bias:
         dgate_up_bias = bias_grad_reference(dh_NG, offset_E)
     if needs_x:
         dx = scatter_rows_reference(input_grad_reference(dh_NG, gate_up_EGD, offset_E), row_TK)
     return dx, dgate_up, ddown, dgate_up_bias, ddown_bias, dweight
+
+
+def _h(
+    h_NG: Tensor | None,
+    x_TD: Tensor,
+    gate_up_EGD: Tensor,
+    bias_EG: Tensor | None,
+    token_N: Tensor,
+    offset_E: Tensor,
+) -> Tensor:
+    """h as it was kept, or computed again."""
+    if h_NG is None:
+        return grouped_gemm_reference(gather_rows_reference(x_TD, token_N), gate_up_EGD, offset_E, bias_EG)
+    return h_NG
+
+
+def _weight_grad(grad_NO: Tensor, x_NI: Tensor, offset_E: Tensor, main_grad_EOI: Tensor | None) -> Tensor:
+    """The gradient of a weight, or 0 elements if it was added to a main gradient."""
+    if main_grad_EOI is None:
+        return weight_grad_reference(grad_NO, x_NI, offset_E)
+    add_weight_grad_reference(grad_NO, x_NI, main_grad_EOI, offset_E)
+    return x_NI.new_empty(0)
 
 
 def _bias_product(grad_ND: Tensor, bias_ED: Tensor | None, offset_E: Tensor) -> Tensor:
@@ -187,6 +238,7 @@ def _bias_product(grad_ND: Tensor, bias_ED: Tensor | None, offset_E: Tensor) -> 
 
 register_kernel("moe_runtime::expert_ffn", "expert_ffn", "launch_expert_ffn")
 register_kernel("moe_runtime::expert_ffn_backward", "expert_ffn", "launch_expert_ffn_backward")
+register_kernel("moe_runtime::expert_ffn_add_backward", "expert_ffn", "launch_expert_ffn_backward")
 
 
 # --- autograd and the public function ---------------------------------------------------
@@ -195,13 +247,15 @@ register_kernel("moe_runtime::expert_ffn_backward", "expert_ffn", "launch_expert
 class _ExpertFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, gate_up, down, _, down_bias, weight, _, *plan, activation = inputs
+        *operands, recompute, ctx.gate_up_main_grad, ctx.down_main_grad = inputs
+        x, gate_up, down, gate_up_bias, down_bias, weight, _, *plan, ctx.activation = operands
         # a gradient for the residual alone needs nothing from inside
-        keep_h = any(ctx.needs_input_grad[:6])
-        y, h = _expert_ffn(*inputs, keep_h)
-        if keep_h:
-            ctx.save_for_backward(x, gate_up, down, down_bias, weight, *plan, h)
-            ctx.activation = activation
+        differentiable = any(ctx.needs_input_grad[:6])
+        keep_h = differentiable and not recompute
+        y, h = _expert_ffn(*operands, keep_h)
+        if differentiable:
+            again = (gate_up_bias, None) if recompute else (None, h)
+            ctx.save_for_backward(x, gate_up, down, again[0], down_bias, weight, *plan, again[1])
         return y
 
     @staticmethod
@@ -209,13 +263,20 @@ class _ExpertFFN(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         grad_out = grad_out.contiguous()
         dresidual = grad_out if ctx.needs_input_grad[6] else None
-        # order of the inputs: x, gate_up, down, gate_up_bias, down_bias, weight, residual, then the plan
+        # order of the inputs: x, gate_up, down, gate_up_bias, down_bias, weight, residual, then the others
         needs = list(ctx.needs_input_grad[:6])
         if not any(needs):
-            return (None,) * 6 + (dresidual,) + (None,) * 6
-        grads = _expert_ffn_backward(grad_out, *ctx.saved_tensors, ctx.activation, needs)
-        wanted = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-        return (*wanted, dresidual) + (None,) * 6
+            return (None,) * 6 + (dresidual,) + (None,) * 9
+        operands = (grad_out, *ctx.saved_tensors, ctx.activation, needs)
+        main_grads = (ctx.gate_up_main_grad, ctx.down_main_grad)
+        if main_grads == (None, None):
+            grads = _expert_ffn_backward(*operands)
+        else:
+            grads = _expert_ffn_add_backward(*operands, *main_grads)
+            torch.autograd.graph.increment_version([grad for grad in main_grads if grad is not None])
+        returned = _returned(needs, *main_grads)
+        wanted = (grad if is_there else None for grad, is_there in zip(grads, returned, strict=True))
+        return (*wanted, dresidual) + (None,) * 9
 
 
 def expert_ffn(  # noqa: PLR0913 - a whole layer: its weights, its routing, its residual
@@ -229,6 +290,9 @@ def expert_ffn(  # noqa: PLR0913 - a whole layer: its weights, its routing, its 
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     residual_TD: Tensor | None = None,
+    recompute: bool = False,
+    gate_up_main_grad: Tensor | None = None,
+    down_main_grad: Tensor | None = None,
 ) -> Tensor:
     """Every token through its K experts, weighted, summed, plus the residual.
 
@@ -242,6 +306,12 @@ def expert_ffn(  # noqa: PLR0913 - a whole layer: its weights, its routing, its 
         gate_up_bias: [E, 2F] or [E, F], x's dtype.
         down_bias: [E, D], x's dtype; weighted by the gate like the rest of the expert's output.
         residual_TD: added in float32 before the one rounding; any float dtype.
+        recompute: keep x for backward and not h, N * 2F or N * F numbers, which backward then computes a
+            second time: one product of the forward's two. No bit of a result changes.
+        gate_up_main_grad: contiguous, float32 (float64 for float64), gate_up_proj's shape; backward adds
+            the weight's gradient to it, unrounded, and returns none for the weight. Untouched where the
+            weight requires no gradient.
+        down_main_grad: the same for down_proj.
 
     Returns:
         y_TD in the residual's dtype, or without one in x's (autocast's where that is on).
@@ -256,12 +326,15 @@ def expert_ffn(  # noqa: PLR0913 - a whole layer: its weights, its routing, its 
     E, D = down_proj.shape[:2]
     check_shape("expert_ffn", "x", x_TD, (T, D), "(T, D)")
     check_shape("expert_ffn", "plan.offset_E", plan.offset_E, (E,), "(E,)")
+    check_main_grad("expert_ffn", "gate_up_main_grad", gate_up_main_grad, "gate_up_proj", parameters[0])
+    check_main_grad("expert_ffn", "down_main_grad", down_main_grad, "down_proj", parameters[1])
     check_gates("expert_ffn", weight_TK, residual_TD, (T, K, D), x_TD.device)
     operands = (x_TD, *parameters, weight_TK, residual_TD)
     operands = tuple(None if tensor is None else tensor.contiguous() for tensor in operands)
     differentiable = any(tensor is not None and tensor.requires_grad for tensor in operands)
     if torch.is_grad_enabled() and differentiable:
-        return _ExpertFFN.apply(*operands, *plan, activation)
+        options = (activation, recompute, gate_up_main_grad, down_main_grad)
+        return _ExpertFFN.apply(*operands, *plan, *options)
     y_TD, _ = _expert_ffn(*operands, *plan, activation, False)
     return y_TD
 

@@ -52,10 +52,11 @@ def _expert_ffn(x: Shape, gate_up: Shape, down: Shape, *rest: Any, out_shape: An
 def _expert_ffn_backward(
     grad_out: Shape, x: Shape, gate_up: Shape, down: Shape, *rest: Any, out_shape: Any = None
 ) -> int:
-    (N,), (_, G, D), F = rest[3], gate_up, down[2]
-    needs_x, needs_gate_up, needs_down, needs_gate_up_bias, _, needs_weight = rest[-1]
+    (N,), h, needs, (_, G, D), F = rest[4], rest[8], rest[10], gate_up, down[2]
+    needs_x, needs_gate_up, needs_down, needs_gate_up_bias, _, needs_weight = needs
     hidden_grad = needs_x or needs_gate_up or needs_gate_up_bias or needs_weight
-    return 2 * N * D * (F * (hidden_grad + needs_down) + G * (needs_x + needs_gate_up))
+    recomputed = h is None and (hidden_grad or needs_down)
+    return 2 * N * D * (F * (hidden_grad + needs_down) + G * (needs_x + needs_gate_up + recomputed))
 
 
 def _attention_mix(o: Shape, gate: Shape, weight: Shape, *, out_shape: Any = None) -> int:
@@ -110,9 +111,12 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "moe_runtime.grouped_gemm_input_grad": _input_grad,
     "moe_runtime.grouped_gemm_weight_grad": _weight_grad,
     "moe_runtime.gathered_grouped_gemm_weight_grad": _weight_grad,
+    "moe_runtime.grouped_gemm_add_weight_grad": _weight_grad,
+    "moe_runtime.gathered_grouped_gemm_add_weight_grad": _weight_grad,
     "moe_runtime.grouped_gemm_bias_grad": _nothing,
     "moe_runtime.expert_ffn": _expert_ffn,
     "moe_runtime.expert_ffn_backward": _expert_ffn_backward,
+    "moe_runtime.expert_ffn_add_backward": _expert_ffn_backward,
     "moe_runtime.attention_mix": _attention_mix,
     "moe_runtime.attention_mix_backward": _attention_mix_backward,
     "aten._grouped_mm": _aten_grouped_mm,

@@ -247,7 +247,7 @@ def test_expert_ffn_registration():
     torch.library.opcheck(forward.default, (x, up, down, None, None, weight, None, *plan, "silu", True))
     _, h = forward(*args[:-1], True)
     for needs in ([True] * 6, [True, False, False, False, False, True]):
-        args = (grad.cpu(), x, up, down, down_bias, weight, *plan, h, "silu", needs)
+        args = (grad.cpu(), x, up, down, up_bias, down_bias, weight, *plan, h, "silu", needs)
         torch.library.opcheck(backward.default, args)
 
 

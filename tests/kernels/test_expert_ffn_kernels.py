@@ -129,7 +129,7 @@ def test_what_nobody_wants_is_empty():
     assert not h[plan.offset_E[-1] :].any()
     for i, name in enumerate(PARAMETERS):
         needs = [j == i for j in range(6)]
-        backward = (grad, x, gate_up, down, down_bias, weight, *plan, h, "silu", needs)
+        backward = (grad, x, gate_up, down, gate_up_bias, down_bias, weight, *plan, h, "silu", needs)
         sizes = [dx.numel() for dx in torch.ops.moe_runtime.expert_ffn_backward(*backward)]
         assert sizes == [inputs[name].numel() if needed else 0 for needed in needs]
 
@@ -194,7 +194,7 @@ def test_registration():
     forward = (x, gate_up, down, gate_up_bias, down_bias, weight, residual, *plan, "silu", True)
     torch.library.opcheck(torch.ops.moe_runtime.expert_ffn.default, forward)
     _, h = torch.ops.moe_runtime.expert_ffn(*forward)
-    backward = (grad, x, gate_up, down, down_bias, weight, *plan, h, "silu", [True] * 6)
+    backward = (grad, x, gate_up, down, gate_up_bias, down_bias, weight, *plan, h, "silu", [True] * 6)
     torch.library.opcheck(torch.ops.moe_runtime.expert_ffn_backward.default, backward)
 
 

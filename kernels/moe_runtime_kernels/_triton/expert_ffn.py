@@ -122,7 +122,7 @@ def _up_kernel(
 
     GATED: a column of a needs a gate's and an up column of h; the tile of the matrix holds BLOCK_F rows of
     the gate and then those of up, so that there is one product. `gate_up_desc` describes gate_up as
-    [E, G / F, F, D], or is None: pointer loads. Bias and h may be None.
+    [E, G / F, F, D], or is None: pointer loads. Bias and h may be None, and so may a where only h is wanted.
 
     PAIR: gate and up are two tiles and two products. A left operand that one load brings in two parts goes
     through registers on Hopper, whose instruction takes 64 rows at a time, so that two products are no more.
@@ -175,35 +175,37 @@ def _up_kernel(
         has_bias = expert < E
         bias_at = expert.to(tl.int64) * G
         if not PAIR:
-            h = _with_bias(acc, bias_ptr, bias_at + g, has_bias).to(a_ptr.dtype.element_ty)
+            h = _with_bias(acc, bias_ptr, bias_at + g, has_bias).to(x_ptr.dtype.element_ty)
         if GATED:
             # in two slices: all at once, the index arithmetic of the stores is too many registers
             if PAIR:
                 f = tl.minimum(block.to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F), F - 1)
-                gate = _with_bias(acc, bias_ptr, bias_at + f, has_bias).to(a_ptr.dtype.element_ty)
+                gate = _with_bias(acc, bias_ptr, bias_at + f, has_bias).to(x_ptr.dtype.element_ty)
                 up = _with_bias(tl.trans(up_acc), bias_ptr, bias_at + F + f, has_bias)
-                up = up.to(a_ptr.dtype.element_ty)
+                up = up.to(x_ptr.dtype.element_ty)
             else:
                 gate, up = _halves(h, BLOCK_M, WIDTH)
             gates, ups = _halves(gate, BLOCK_M, BLOCK_F), _halves(up, BLOCK_M, BLOCK_F)
             for i in tl.static_range(2):
                 f = block.to(tl.int64) * BLOCK_F + i * (BLOCK_F // 2) + tl.arange(0, BLOCK_F // 2)
                 inside = (n < end)[:, None] & (f < F)[None, :]
-                value, _ = _activation(gates[i].to(tl.float32), ACTIVATION)
-                a = (value * ups[i].to(tl.float32)).to(a_ptr.dtype.element_ty)
                 if h_ptr is not None:
                     h_at = n[:, None] * G + f[None, :]
                     tl.store(h_ptr + h_at, gates[i], mask=inside)
                     tl.store(h_ptr + (h_at + F), ups[i], mask=inside)
-                tl.store(a_ptr + (n[:, None] * F + f[None, :]), a, mask=inside)
+                if a_ptr is not None:
+                    value, _ = _activation(gates[i].to(tl.float32), ACTIVATION)
+                    a = (value * ups[i].to(tl.float32)).to(a_ptr.dtype.element_ty)
+                    tl.store(a_ptr + (n[:, None] * F + f[None, :]), a, mask=inside)
         else:
             f = block.to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
             inside = (n < end)[:, None] & (f < F)[None, :]
-            a, _ = _activation(h.to(tl.float32), ACTIVATION)
             a_at = n[:, None] * F + f[None, :]
             if h_ptr is not None:
                 tl.store(h_ptr + a_at, h, mask=inside)
-            tl.store(a_ptr + a_at, a.to(a_ptr.dtype.element_ty), mask=inside)
+            if a_ptr is not None:
+                a, _ = _activation(h.to(tl.float32), ACTIVATION)
+                tl.store(a_ptr + a_at, a.to(a_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -483,43 +485,62 @@ def launch_expert_ffn(
     keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
     check_16_or_32_bits("expert_ffn", x)
-    (E, D, F), G, N = down.shape, gate_up.shape[1], token.shape[0]
+    F, G, N = down.shape[2], gate_up.shape[1], token.shape[0]
     h, a = x.new_empty(N if keep_h else 0, G), x.new_empty(N, F)
-    if a.numel() > 0:
-        family, aligned = device_family(x.device), aligned_to_16((D, F), x, gate_up) and describable(gate_up)
-        gated = G == 2 * F
-        launch = choose_up_launch(x.itemsize, N, E, gated=gated, aligned=aligned, family=family)
-        gate_up_desc = None
-        if launch.tma:
-            gate_up_desc = matrix_descriptor(gate_up, (E, G // F, F, D), launch.gate_up_block(gated))
-        num_tiles = tile_bound(N, E + 1, launch.block_m)
-        _up_kernel[(num_tiles * triton.cdiv(F, launch.block_f),)](
-            x,
-            token,
-            gate_up,
-            gate_up_desc,
-            gate_up_bias,
-            h if keep_h else None,
-            a,
-            offset,
-            tile_end[TILE_HEIGHTS.index(launch.block_m)],
-            num_tiles,
-            N,
-            D,
-            F,
-            E,
-            ACTIVATION=activation,
-            GATED=G == 2 * F,
-            SWAPPED=launch.swapped,
-            BLOCK_M=launch.block_m,
-            BLOCK_F=launch.block_f,
-            BLOCK_K=launch.block_k,
-            GROUP=launch.group,
-            EXPERTS=triton.next_power_of_2(E),
-            **launch.options.keywords(),
-        )
+    _launch_up(x, gate_up, gate_up_bias, token, offset, tile_end, F, activation, h if keep_h else None, a)
     y_ND = grouped_product(a, down, offset, tile_end, bias=down_bias)
+    del a  # before the result is allocated
     return launch_combine(y_ND, weight, row, residual, None), h
+
+
+def _launch_up(
+    x: Tensor,
+    gate_up: Tensor,
+    bias: Tensor | None,
+    token: Tensor,
+    offset: Tensor,
+    tile_end: Tensor,
+    F: int,
+    activation: str,
+    h: Tensor | None,
+    a: Tensor | None,
+) -> None:
+    """Fill h and a, each of which may be None. Whichever is there, h has the same bits."""
+    (E, G, D), N = gate_up.shape, token.shape[0]
+    if N * F == 0:
+        return
+    family, aligned = device_family(x.device), aligned_to_16((D, F), x, gate_up) and describable(gate_up)
+    gated = G == 2 * F
+    launch = choose_up_launch(x.itemsize, N, E, gated=gated, aligned=aligned, family=family)
+    gate_up_desc = None
+    if launch.tma:
+        gate_up_desc = matrix_descriptor(gate_up, (E, G // F, F, D), launch.gate_up_block(gated))
+    num_tiles = tile_bound(N, E + 1, launch.block_m)
+    _up_kernel[(num_tiles * triton.cdiv(F, launch.block_f),)](
+        x,
+        token,
+        gate_up,
+        gate_up_desc,
+        bias,
+        h,
+        a,
+        offset,
+        tile_end[TILE_HEIGHTS.index(launch.block_m)],
+        num_tiles,
+        N,
+        D,
+        F,
+        E,
+        ACTIVATION=activation,
+        GATED=G == 2 * F,
+        SWAPPED=launch.swapped,
+        BLOCK_M=launch.block_m,
+        BLOCK_F=launch.block_f,
+        BLOCK_K=launch.block_k,
+        GROUP=launch.group,
+        EXPERTS=triton.next_power_of_2(E),
+        **launch.options.keywords(),
+    )
 
 
 def launch_expert_ffn_backward(
@@ -527,6 +548,7 @@ def launch_expert_ffn_backward(
     x: Tensor,
     gate_up: Tensor,
     down: Tensor,
+    gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
     weight: Tensor,
     row: Tensor,
@@ -534,9 +556,11 @@ def launch_expert_ffn_backward(
     slot: Tensor,
     offset: Tensor,
     tile_end: Tensor,
-    h: Tensor,
+    h: Tensor | None,
     activation: str,
     needs: Sequence[bool],
+    gate_up_main_grad: Tensor | None = None,
+    down_main_grad: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     check_16_or_32_bits("expert_ffn", x)
     needs_x, needs_gate_up, needs_down, needs_gate_up_bias, needs_down_bias, needs_weight = needs
@@ -544,6 +568,11 @@ def launch_expert_ffn_backward(
     dx, dgate_up, ddown, dgate_up_bias, ddown_bias = (x.new_empty(0) for _ in range(5))
     dweight = weight.new_empty(weight.shape if needs_weight else 0)
     grad = grad_out.to(x.dtype)
+    if h is None:
+        needs_h = needs_x or needs_gate_up or needs_down or needs_gate_up_bias or needs_weight
+        h = x.new_empty(N if needs_h else 0, G)
+        if needs_h:
+            _launch_up(x, gate_up, gate_up_bias, token, offset, tile_end, F, activation, h, None)
 
     family, aligned = device_family(x.device), aligned_to_16((D, F), grad, down, h) and describable(down)
     launch = choose_dh_launch(x.itemsize, N, E, aligned=aligned, family=family)
@@ -602,16 +631,20 @@ def launch_expert_ffn_backward(
             EXPERTS=triton.next_power_of_2(E),
             **DWEIGHT_OPTIONS.keywords(),
         )
+    # what is done with is given back; dx, which needs N * D numbers for a while, comes before the gradients
+    # of the weights
+    del h, part
+    if dh is not None and needs_x:
+        dx = launch_scatter_rows(grouped_product(dh, gate_up, offset, tile_end, transposed=True), row)
     if weighted_a is not None:
-        ddown = grouped_weight_grad(grad, weighted_a, offset, grad_token=token)
+        ddown = grouped_weight_grad(grad, weighted_a, offset, grad_token=token, main_grad=down_main_grad)
+        del weighted_a
     if needs_down_bias:
         ddown_bias = grouped_bias_grad(grad, offset, token=token, scale=weight, slot=slot)
     if dh is not None and needs_gate_up:
-        dgate_up = grouped_weight_grad(dh, x, offset, x_token=token)
+        dgate_up = grouped_weight_grad(dh, x, offset, x_token=token, main_grad=gate_up_main_grad)
     if dh is not None and needs_gate_up_bias:
         dgate_up_bias = grouped_bias_grad(dh, offset)
-    if dh is not None and needs_x:
-        dx = launch_scatter_rows(grouped_product(dh, gate_up, offset, tile_end, transposed=True), row)
     return dx, dgate_up, ddown, dgate_up_bias, ddown_bias, dweight
 
 
@@ -621,6 +654,7 @@ def launch_expert_ffn_backward(
 _VARIANTS = (("silu", True, False), ("silu", True, True), ("gelu", True, True), ("relu2", False, True))
 _MATRICES = {
     "up": ("x_ptr", "gate_up_ptr", "h_ptr", "a_ptr"),
+    "h": ("x_ptr", "gate_up_ptr", "h_ptr"),
     "dh": ("grad_ptr", "down_ptr", "h_ptr", "dh_ptr", "a_ptr"),
 }
 _SIZES = dict.fromkeys(("num_tiles", "N", "D", "F", "E"), "i32")
@@ -649,6 +683,8 @@ def compilations() -> list[Compilation]:
             dh = choose_dh_launch(itemsize, N, 1, aligned=aligned, family=family)
             for made in (
                 _compilation("up", dtype, up, variant, aligned=aligned, pdl=pdl),
+                # without a there is no activation
+                _compilation("h", dtype, up, ("silu", *variant[1:]), aligned=aligned, pdl=pdl),
                 _compilation("dh", dtype, dh, variant, aligned=aligned, pdl=pdl),
                 _dweight_compilation(dtype, bias=variant[2], pdl=pdl),
             ):
@@ -660,16 +696,18 @@ def compilations() -> list[Compilation]:
 def _compilation(
     what: str, dtype: str, launch: FFNLaunch, variant: tuple[str, bool, bool], *, aligned: bool, pdl: bool
 ) -> Compilation:
-    """Of "up" or "dh"; dh without everything optional is what frozen experts need for dx alone."""
+    """Of "up", "h", which is up without a, or "dh"; dh without everything optional is what frozen experts
+    need for dx alone.
+    """
     activation, gated, everything = variant
     pointer = f"*{dtype}"
     optional: dict[str, str]
     block: tuple[int, ...]
-    if what == "up":
-        optional = {"bias_ptr": pointer, "h_ptr": pointer}
+    if what != "dh":
+        optional = {"bias_ptr": pointer, **({"h_ptr": pointer} if what == "up" else {})}
         described, block = "gate_up_desc", launch.gate_up_block(gated)
         operands = {"x_ptr": pointer, "token_ptr": "*i32", "gate_up_ptr": pointer}
-        results = {"a_ptr": pointer}
+        results = {"a_ptr" if what == "up" else "h_ptr": pointer}
     else:
         optional = {"a_ptr": pointer, "part_ptr": "*fp32"}
         described, block = "down_desc", (1, launch.block_k, launch.block_f)
@@ -690,7 +728,7 @@ def _compilation(
     stages = f"s{launch.options.num_stages}{' tma' if launch.tma else ''}"
     kind = f"{activation}{' gated' if gated else ''}{' all' if everything else ''}"
     return Compilation(
-        kernel=_up_kernel if what == "up" else _dh_kernel,
+        kernel=_dh_kernel if what == "dh" else _up_kernel,
         label=f"{dtype} {what} {size} {stages} {kind}"
         f"{' odd' if not aligned and dtype != 'fp32' else ''}{' pdl' if pdl else ''}",
         signature={
@@ -704,6 +742,7 @@ def _compilation(
         constexprs={
             **({} if launch.tma else {described: None}),
             **({} if everything else dict.fromkeys(optional)),
+            **({"a_ptr": None} if what == "h" else {}),
             "ACTIVATION": activation,
             "GATED": gated,
             **tile,
