@@ -160,7 +160,7 @@ def test_a_step_gives_equal_bits(kind):
 def test_a_graph_of_forward_and_backward_replays_for_other_tokens(kind, dtype):
     from benchmarks.alternate import captured
 
-    step, shape = forward_and_backward(kind, dtype, 0), (2, 130, 64)
+    step, shape = forward_and_backward(kind, dtype, 0), (2, 260, 64)
     static_BLD, results = torch.randn(shape, device=DEVICE, dtype=dtype), []
 
     def once():
@@ -178,7 +178,7 @@ def test_a_graph_of_forward_and_backward_replays_for_other_tokens(kind, dtype):
 @needs_gpu
 @pytest.mark.parametrize("kind", LAYERS.values(), ids=LAYERS)
 def test_no_step_waits_for_the_device(kind):
-    step, x_BLD = forward_and_backward(kind, torch.bfloat16, 0), torch.randn(2, 130, 64, device=DEVICE)
+    step, x_BLD = forward_and_backward(kind, torch.bfloat16, 0), torch.randn(2, 260, 64, device=DEVICE)
     step(x_BLD.bfloat16())  # compiles, which waits
     torch.cuda.set_sync_debug_mode("error")
     try:
