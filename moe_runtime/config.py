@@ -104,12 +104,18 @@ class FeedForwardConfig:
     shared_intermediate_size: int = 0  # 0: no shared expert
     shared_gate: bool = False  # Qwen2-MoE: the shared expert is scaled by sigmoid(x @ shared_expert_gate)
     expert_dropout: float = 0.0  # on expert hidden activations, in training only (FLAN-MoE)
+    recompute_experts: bool = False  # backward computes the experts' hidden pre-activations again
 
     def __post_init__(self) -> None:
         _check_positive(self, "hidden_size", "intermediate_size")
         _check_choice("activation", self.activation, Activation)
         if not 0.0 <= self.expert_dropout < 1.0:
             raise ValueError(f"expert_dropout must be in [0, 1), got {self.expert_dropout}")
+        if self.recompute_experts and self.expert_dropout > 0:
+            raise ValueError(
+                "recompute_experts must be False with expert_dropout, whose mask falls on what would be "
+                f"recomputed, got expert_dropout={self.expert_dropout}"
+            )
         if self.shared_intermediate_size < 0:
             raise ValueError(
                 f"shared_intermediate_size must not be negative, got {self.shared_intermediate_size}"
@@ -248,6 +254,7 @@ class ModelConfig:
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False
     expert_dropout: float = 0.0
+    recompute_experts: bool = False
     # router
     router_score: Score = "softmax"
     router_gate: Gate = "renorm"
@@ -378,6 +385,7 @@ class ModelConfig:
             shared_intermediate_size=self.shared_expert_intermediate_size if moe else 0,
             shared_gate=self.shared_expert_gate if moe else False,
             expert_dropout=self.expert_dropout if moe else 0.0,
+            recompute_experts=self.recompute_experts if moe else False,
         )
 
     def block_config(self, layer: int) -> BlockConfig:

@@ -84,6 +84,7 @@ class Experts(nn.Module):
             gate_up_bias=self.gate_up_bias,
             down_bias=self.down_bias,
             residual_TD=residual_TD,
+            recompute=self.config.recompute_experts,
         )
 
     def _with_dropout(

@@ -18,7 +18,13 @@ from upcycle.recipe import Recipe
 EMPTY_SHARED_WIDTH = 64
 
 # Fields that change training or nothing at all, but never the function; a format may lack them.
-_NOT_THE_FUNCTION = ("expert_dropout", "router_balance_over", "router_aux_only", "router_aux_loss_coef")
+_NOT_THE_FUNCTION = (
+    "expert_dropout",
+    "recompute_experts",
+    "router_balance_over",
+    "router_aux_only",
+    "router_aux_loss_coef",
+)
 
 # Where several fields differ, these say best why.
 _TELLING = ("num_attention_experts", "block", "qk_norm")

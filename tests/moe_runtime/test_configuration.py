@@ -135,6 +135,11 @@ def attention(**options) -> AttentionConfig:
         (feed_forward, {"expert_dropout": 1.0}, r"expert_dropout must be in \[0, 1\), got 1.0"),
         (
             feed_forward,
+            {"recompute_experts": True, "expert_dropout": 0.5},
+            "recompute_experts must be False with expert_dropout, .*, got expert_dropout=0.5",
+        ),
+        (
+            feed_forward,
             {"shared_intermediate_size": -1},
             "shared_intermediate_size must not be negative, got -1",
         ),

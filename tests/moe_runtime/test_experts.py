@@ -116,3 +116,25 @@ def test_perturb_reaches_biases():
     torch.nn.init.zeros_(layer.down_bias)
     perturb(layer)
     assert layer.down_bias.abs().min() > 0
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_recomputing_keeps_less_and_changes_no_bit(bias):
+    kept, results = {}, {}
+    for recompute in (False, True):
+        layer, x_TD = experts(bias=bias, recompute_experts=recompute), randn(T, D).requires_grad_()
+        parameters = {parameter.data_ptr() for parameter in layer.parameters()}
+        saved = {}
+
+        def pack(x, saved=saved):
+            saved[x.data_ptr()] = x.nbytes
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            y_TD = fused(layer, x_TD)
+        y_TD.backward(randn(T, D, seed=2))
+        kept[recompute] = sum(size for place, size in saved.items() if place not in parameters)
+        results[recompute] = [y_TD, x_TD.grad, *(parameter.grad for parameter in layer.parameters())]
+    assert kept[False] - kept[True] == 4 * T * K * 2 * F_
+    for with_h, without in zip(results[False], results[True], strict=True):
+        assert torch.equal(with_h, without)

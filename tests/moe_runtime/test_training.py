@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import BAM, BAM_SHARED_KV, DENSE, KINDS, MOE, VOCAB_SIZE, tiny_model, tokens
 
+from moe_runtime.hf import MoeRuntimeForCausalLM
 from moe_runtime.losses import load_balancing_loss, z_loss
 
 # transformers and PEFT call functions that transformers itself has deprecated
@@ -103,6 +104,29 @@ def test_gradient_checkpointing_changes_no_gradient(kind, reentrant):
     for name, grad in expected.items():
         assert grad.abs().max() > 0, name
         torch.testing.assert_close(actual[name], grad, msg=name)
+
+
+@THEIR_WARNINGS
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["alone", "with-checkpointing"])
+def test_recomputing_experts_is_switched_on_when_loading_and_changes_no_bit(checkpointing, tmp_path):
+    tiny_model(MOE, **COEFFICIENTS).save_pretrained(tmp_path)
+    results, kept = [], []
+    for options in ({}, {"recompute_experts": True}):
+        model = MoeRuntimeForCausalLM.from_pretrained(tmp_path, **options).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: (sizes.update({x.data_ptr(): x.nbytes}), x)[1], lambda x: x
+        ):
+            out = model(**batch(), use_cache=False)
+        kept.append(sum(sizes.values()))
+        out.loss.backward()
+        results.append({"loss": out.loss.detach(), **gradients(model)})
+    for name, value in results[0].items():
+        assert torch.equal(results[1][name], value), name
+    hidden = 2 * 11 * MOE["num_experts_per_tok"] * 2 * MOE["moe_intermediate_size"]
+    assert kept[0] - kept[1] == (0 if checkpointing else 4 * MOE["num_hidden_layers"] * hidden)
 
 
 @pytest.mark.parametrize("kind", KINDS)
