@@ -6,9 +6,10 @@ product dh, the weighted a that the down-projection's gradient needs, and the pa
 left are grouped ones. No rows are copied just to be in order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 import triton
@@ -20,13 +21,14 @@ from .combine import launch_combine
 from .grouped_gemm import grouped_product
 from .grouped_wgrad import grouped_bias_grad, grouped_weight_grad
 from .launch import (
-    FAMILIES,
+    SINCE_HOPPER,
     Compilation,
     Options,
     aligned_to_16,
     allow_next_kernel,
     check_16_or_32_bits,
     device_family,
+    for_families,
     wait_for_inputs,
 )
 from .permute import launch_scatter_rows
@@ -391,6 +393,16 @@ class FFNLaunch:
     group: int = 8
     options: Options
 
+    def tile(self) -> dict[str, Any]:
+        """Compile-time arguments that the up-projection's and the backward kernel have both."""
+        return {
+            "SWAPPED": self.swapped,
+            "BLOCK_M": self.block_m,
+            "BLOCK_F": self.block_f,
+            "BLOCK_K": self.block_k,
+            "GROUP": self.group,
+        }
+
     def gate_up_block(self, gated: bool) -> tuple[int, int, int, int]:
         """What one load brings of gate_up, [E, G / F, F, D]: gate and up together where they are columns."""
         return (1, 2 if gated and not self.swapped else 1, self.block_f, self.block_k)
@@ -432,7 +444,7 @@ def choose_up_launch(itemsize: int, N: int, E: int, *, gated: bool, aligned: boo
     block_m = _tile_height(N, E)
     if itemsize == 4 or not aligned:
         return _small_launch(itemsize, block_m, gated)
-    large = family in ("cuda90", "cuda100")
+    large = family in SINCE_HOPPER
     width = 256 if large and gated and block_m >= 64 else 128
     stages = 2 if family == "hip" else 4 if large and block_m < 128 else 3
     return FFNLaunch(
@@ -455,7 +467,7 @@ def choose_dh_launch(itemsize: int, N: int, E: int, *, aligned: bool, family: st
         block_f=128,
         block_k=64,
         swapped=block_m <= 32,
-        tma=family in ("cuda90", "cuda100"),
+        tma=family in SINCE_HOPPER,
         slices=1 if block_m <= 32 else 4,
         options=Options(num_warps=8 if block_m == 128 else 4, num_stages=2 if family == "hip" else 3),
     )
@@ -515,15 +527,30 @@ def _launch_up(
     gate_up_desc = None
     if launch.tma:
         gate_up_desc = matrix_descriptor(gate_up, (E, G // F, F, D), launch.gate_up_block(gated))
+    _launch_tiles(
+        _up_kernel,
+        launch,
+        (x, token, gate_up, gate_up_desc, bias, h, a),
+        (offset, tile_end),
+        (N, D, F, E),
+        ACTIVATION=activation,
+        GATED=gated,
+    )
+
+
+def _launch_tiles(
+    kernel: Any,
+    launch: FFNLaunch,
+    operands: tuple[Any, ...],
+    plan: tuple[Tensor, Tensor],
+    sizes: tuple[int, int, int, int],
+    **constexprs: Any,
+) -> None:
+    """The up-projection's or the backward kernel, for a plan's offset and tile_end and sizes N, D, F, E."""
+    (offset, tile_end), (N, D, F, E) = plan, sizes
     num_tiles = tile_bound(N, E + 1, launch.block_m)
-    _up_kernel[(num_tiles * triton.cdiv(F, launch.block_f),)](
-        x,
-        token,
-        gate_up,
-        gate_up_desc,
-        bias,
-        h,
-        a,
+    kernel[(num_tiles * triton.cdiv(F, launch.block_f),)](
+        *operands,
         offset,
         tile_end[TILE_HEIGHTS.index(launch.block_m)],
         num_tiles,
@@ -531,13 +558,8 @@ def _launch_up(
         D,
         F,
         E,
-        ACTIVATION=activation,
-        GATED=G == 2 * F,
-        SWAPPED=launch.swapped,
-        BLOCK_M=launch.block_m,
-        BLOCK_F=launch.block_f,
-        BLOCK_K=launch.block_k,
-        GROUP=launch.group,
+        **constexprs,
+        **launch.tile(),
         EXPERTS=triton.next_power_of_2(E),
         **launch.options.keywords(),
     )
@@ -581,35 +603,18 @@ def launch_expert_ffn_backward(
     weighted_a = x.new_empty(N, F) if needs_down else None
     part = weight.new_empty(num_blocks, N, dtype=torch.float32) if needs_weight else None
     if N > 0 and any(wanted is not None for wanted in (dh, weighted_a, part)):
-        num_tiles = tile_bound(N, E + 1, launch.block_m)
-        _dh_kernel[(num_tiles * num_blocks,)](
-            grad,
-            token,
-            slot,
-            weight,
-            down,
-            matrix_descriptor(down, down.shape, (1, launch.block_k, launch.block_f)) if launch.tma else None,
-            h,
-            dh,
-            weighted_a,
-            part,
-            offset,
-            tile_end[TILE_HEIGHTS.index(launch.block_m)],
-            num_tiles,
-            N,
-            D,
-            F,
-            E,
+        down_desc = None
+        if launch.tma:
+            down_desc = matrix_descriptor(down, down.shape, (1, launch.block_k, launch.block_f))
+        _launch_tiles(
+            _dh_kernel,
+            launch,
+            (grad, token, slot, weight, down, down_desc, h, dh, weighted_a, part),
+            (offset, tile_end),
+            (N, D, F, E),
             ACTIVATION=activation,
             GATED=G == 2 * F,
-            SWAPPED=launch.swapped,
             SLICES=launch.slices,
-            BLOCK_M=launch.block_m,
-            BLOCK_F=launch.block_f,
-            BLOCK_K=launch.block_k,
-            GROUP=launch.group,
-            EXPERTS=triton.next_power_of_2(E),
-            **launch.options.keywords(),
         )
     if part is not None and N > 0:
         _dweight_kernel[(tile_bound(N, E + 1, DWEIGHT_ROWS),)](
@@ -667,30 +672,27 @@ def compilations() -> list[Compilation]:
     float16 is bfloat16's code with other instructions, and odd widths have one tile of few registers: both
     are there with one activation. float32 has the same tiles for all widths.
     """
-    found: dict[str, Compilation] = {}
-    families: dict[str, dict[str, None]] = {}
+    return for_families(_compilations)
+
+
+def _compilations(family: str) -> Iterator[Compilation]:
     kinds = (
         ("bf16", 2, True, _VARIANTS),
         ("bf16", 2, False, _VARIANTS[2:]),
         ("fp16", 2, True, _VARIANTS[2:3]),
         ("fp32", 4, False, _VARIANTS[::2]),
     )
-    for family, N, (dtype, itemsize, aligned, variants) in product(FAMILIES, TILE_HEIGHTS, kinds):
+    for N, (dtype, itemsize, aligned, variants) in product(TILE_HEIGHTS, kinds):
         for variant, pdl in product(variants, (False, True)):
-            if pdl and (variant != _VARIANTS[0] or family not in ("cuda90", "cuda100")):
+            if pdl and variant != _VARIANTS[0]:
                 continue
             up = choose_up_launch(itemsize, N, 1, gated=variant[1], aligned=aligned, family=family)
             dh = choose_dh_launch(itemsize, N, 1, aligned=aligned, family=family)
-            for made in (
-                _compilation("up", dtype, up, variant, aligned=aligned, pdl=pdl),
-                # without a there is no activation
-                _compilation("h", dtype, up, ("silu", *variant[1:]), aligned=aligned, pdl=pdl),
-                _compilation("dh", dtype, dh, variant, aligned=aligned, pdl=pdl),
-                _dweight_compilation(dtype, bias=variant[2], pdl=pdl),
-            ):
-                found[made.label] = made
-                families.setdefault(made.label, {})[family] = None
-    return [replace(made, families=tuple(families[label])) for label, made in found.items()]
+            yield _compilation("up", dtype, up, variant, aligned=aligned, pdl=pdl)
+            # without a there is no activation
+            yield _compilation("h", dtype, up, ("silu", *variant[1:]), aligned=aligned, pdl=pdl)
+            yield _compilation("dh", dtype, dh, variant, aligned=aligned, pdl=pdl)
+            yield _dweight_compilation(dtype, bias=variant[2], pdl=pdl)
 
 
 def _compilation(
@@ -715,15 +717,6 @@ def _compilation(
         operands = {"grad_ptr": pointer, **indices, "down_ptr": pointer, "h_ptr": pointer, "dh_ptr": pointer}
         results = {}
     descriptor = {described: descriptor_type(dtype, block)} if launch.tma else {}
-    tile = {
-        "SWAPPED": launch.swapped,
-        "BLOCK_M": launch.block_m,
-        "BLOCK_F": launch.block_f,
-        "BLOCK_K": launch.block_k,
-        "GROUP": launch.group,
-        "EXPERTS": 128,
-        **({"SLICES": launch.slices} if what == "dh" else {}),
-    }
     size = f"{launch.block_m}x{launch.block_f}x{launch.block_k} w{launch.options.num_warps}"
     stages = f"s{launch.options.num_stages}{' tma' if launch.tma else ''}"
     kind = f"{activation}{' gated' if gated else ''}{' all' if everything else ''}"
@@ -745,7 +738,9 @@ def _compilation(
             **({"a_ptr": None} if what == "h" else {}),
             "ACTIVATION": activation,
             "GATED": gated,
-            **tile,
+            **launch.tile(),
+            "EXPERTS": 128,
+            **({"SLICES": launch.slices} if what == "dh" else {}),
         },
         options=replace(launch.options, pdl=pdl),
         divisible=("D", "F", *_MATRICES[what]) if aligned else (),

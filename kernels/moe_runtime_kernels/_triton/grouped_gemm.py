@@ -17,7 +17,7 @@ from torch import Tensor
 from ..plan import TILE_HEIGHTS, tile_bound
 from .launch import (
     ITEMSIZES,
-    TMA_FAMILIES,
+    SINCE_HOPPER,
     Compilation,
     Options,
     aligned_to_16,
@@ -168,7 +168,7 @@ def choose_launch(itemsize: int, N: int, E: int, *, aligned: bool, family: str) 
             group=8,
             options=Options(num_warps=4, num_stages=2 if aligned else 1),
         )
-    large = family in TMA_FAMILIES
+    large = family in SINCE_HOPPER
     stages = 2 if family == "hip" else 3 if block_m >= 64 or family == "cuda100" else 4
     return GroupedLaunch(
         block_m=block_m,

@@ -12,8 +12,8 @@ from torch import Tensor
 # Devices that share a launch table. cuda80: shared memory for 99 KB per block, which any NVIDIA GPU since
 # Ampere has; cuda90, cuda100: data-centre Hopper and Blackwell with 227 KB; hip: AMD's 64 KB.
 FAMILIES = ("cuda80", "cuda90", "cuda100", "hip")
-# those that have a tensor memory accelerator (TMA)
-TMA_FAMILIES = ("cuda90", "cuda100")
+# those with a tensor memory accelerator (TMA) and programmatic dependent launch
+SINCE_HOPPER = ("cuda90", "cuda100")
 
 # bytes of an element of the dtypes that products are compiled for, by Triton's names
 ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -99,6 +99,8 @@ def for_families(compilations_of: Callable[[str], Iterable[Compilation]]) -> lis
     found: dict[str, tuple[Compilation, list[str]]] = {}
     for family in FAMILIES:
         for made in compilations_of(family):
+            if made.options.pdl and family not in SINCE_HOPPER:
+                continue
             families = found.setdefault(repr(made), (made, []))[1]
             if family not in families:
                 families.append(family)
