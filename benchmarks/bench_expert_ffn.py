@@ -1,8 +1,11 @@
 """`expert_ffn`, from the chosen experts on: plan, both projections, weighted sum, and all gradients.
 
-Three passes: inference, the forward of training, which keeps h, and forward with backward. Every peer starts
-from the same chosen experts and gates, and what it needs to sort them is part of its time.
+Three passes: inference, the forward of training, which keeps h, and forward with backward, there also with h
+computed a second time instead. Every peer starts from the same chosen experts and gates, and what it needs to
+sort them is part of its time.
 """
+
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from benchmarks.shapes import EXPERTS, expert_cases, skip_other_sizes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # rms errors in units of bfloat16's eps: ours is to be one rounding's; a peer may round every partial sum
-LARGEST_ERROR = {"moe_runtime": 1.0}
+LARGEST_ERROR = {"moe_runtime": 1.0, "moe_runtime_recompute": 1.0}
 LARGEST_ERROR_OF_PEERS = 8.0
 
 
@@ -30,8 +33,8 @@ def bench_expert_ffn(compare, tiny, model, tokens, direction):
     sample = exact_sample(layer)
     leaves = [tensor.detach().requires_grad_(direction != "inference") for tensor in layer.parameters()]
 
-    def ours(x_TD: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weight_TK: Tensor) -> Tensor:
-        return expert_ffn(x_TD, gate_up_proj, down_proj, weight_TK, make_plan(layer.expert_TK, E))
+    def ours(*inputs: Tensor, recompute: bool = False) -> Tensor:
+        return expert_ffn(*inputs, make_plan(layer.expert_TK, E), recompute=recompute)
 
     def call(experts):
         y_TD = experts(*leaves)
@@ -50,12 +53,15 @@ def bench_expert_ffn(compare, tiny, model, tokens, direction):
     work = expert_forward_work(tokens, shape, active, keeps_h=direction != "inference")
     if direction == "forward_backward":
         work = work + expert_backward_work(tokens, shape, active)
+    fns = {"moe_runtime": lambda: call(ours)}
+    if direction == "forward_backward":
+        fns["moe_runtime_recompute"] = lambda: call(partial(ours, recompute=True))
     peers = expert_peers(layer.expert_TK, E, 6 * D * F)
     compare(
         "expert_ffn",
         {"model": model, "direction": direction, "tokens": tokens, "width": D, "hidden": F, "experts": E}
         | {"k": K, "dtype": "bfloat16"},
-        {"moe_runtime": lambda: call(ours)},
+        fns,
         check=check,
         rounds=20 if DEVICE == "cuda" else 5,
         work=work,
