@@ -5,6 +5,7 @@ is added by two programs; an expert without rows gets its zeros from the same ke
 instead be added to a float32 main gradient: the program that owns a block loads it, adds and stores it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -13,13 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import (
-    FAMILIES,
+    ITEMSIZES,
+    SINCE_HOPPER,
     Compilation,
     Options,
     aligned_to_16,
     allow_next_kernel,
     check_16_or_32_bits,
     device_family,
+    for_families,
     wait_for_inputs,
 )
 from .tiles import expert_rows, swizzle
@@ -154,7 +157,7 @@ def choose_launch(itemsize: int, *, aligned: bool, family: str, add: bool = Fals
             group=4,
             options=Options(num_warps=4, num_stages=2 if aligned else 1),
         )
-    wide = family in ("cuda90", "cuda100")
+    wide = family in SINCE_HOPPER
     return WeightGradLaunch(
         block_o=128,
         block_i=256 if wide and not add else 128,
@@ -267,37 +270,22 @@ def launch_bias_grad(grad: Tensor, offset: Tensor) -> Tensor:
     return grouped_bias_grad(grad, offset)
 
 
-ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
-
-
 def compilations() -> list[Compilation]:
     """Every configuration that `choose_launch` gives, with neither or one operand gathered."""
-    found: dict[tuple[str, WeightGradLaunch, bool, bool], list[str]] = {}
-    kinds = product(FAMILIES, ITEMSIZES.items(), (True, False), (False, True))
-    for family, (dtype, itemsize), aligned, add in kinds:
+    return for_families(_compilations)
+
+
+def _compilations(family: str) -> Iterator[Compilation]:
+    for (dtype, itemsize), aligned, add in product(ITEMSIZES.items(), (True, False), (False, True)):
         launch = choose_launch(itemsize, aligned=aligned, family=family, add=add)
-        found.setdefault((dtype, launch, aligned, add), []).append(family)
-    weight_grads = [
-        _weight_compilation(dtype, launch, gathered, aligned, add=add, pdl=pdl, families=tuple(families))
-        for (dtype, launch, aligned, add), families in found.items()
-        for gathered, pdl in product((None, "grad", "x"), (False, True))
-    ]
-    bias_grads = [
-        _bias_compilation(dtype, scaled, pdl=pdl)
-        for dtype, scaled, pdl in product(ITEMSIZES, (False, True), (False, True))
-    ]
-    return weight_grads + bias_grads
+        for gathered, pdl in product((None, "grad", "x"), (False, True)):
+            yield _weight_compilation(dtype, launch, gathered, aligned, add=add, pdl=pdl)
+    for dtype, scaled, pdl in product(ITEMSIZES, (False, True), (False, True)):
+        yield _bias_compilation(dtype, scaled, pdl=pdl)
 
 
 def _weight_compilation(
-    dtype: str,
-    launch: WeightGradLaunch,
-    gathered: str | None,
-    aligned: bool,
-    *,
-    add: bool,
-    pdl: bool,
-    families: tuple[str, ...],
+    dtype: str, launch: WeightGradLaunch, gathered: str | None, aligned: bool, *, add: bool, pdl: bool
 ) -> Compilation:
     pointer = f"*{dtype}"
     signature = {
@@ -326,7 +314,6 @@ def _weight_compilation(
             "GROUP": launch.group,
         },
         options=replace(launch.options, pdl=pdl),
-        families=families,
         divisible=("O", "I", "grad_ptr", "x_ptr", "dweight_ptr") if aligned else (),
     )
 
