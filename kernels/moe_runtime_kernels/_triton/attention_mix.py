@@ -5,6 +5,7 @@ products walk slot by slot, so that no step meets two gates, whatever Q is.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from .._checks import FLOATS, check_dtype
 from .launch import FAMILIES, Compilation, Options, allow_next_kernel, device_family, wait_for_inputs
 from .tiles import swizzle
+from .tuned import Case, measured_first, tuned_compilations
 
 # --- kernels: pointers end in _ptr; every block load is followed by its shape -----------
 
@@ -235,6 +237,7 @@ GATE_GRAD_ROWS = 256
 GATE_GRAD_OPTIONS = Options(num_warps=4)
 
 
+@measured_first
 def choose_launch(itemsize: int, M: int, N: int, *, aligned: bool, family: str) -> MixLaunch:
     """For a product of [M, N].
 
@@ -260,6 +263,7 @@ def choose_launch(itemsize: int, M: int, N: int, *, aligned: bool, family: str) 
     return MixLaunch(block_m=128, block_n=128, block_k=32 if family == "hip" else 64, options=options)
 
 
+@measured_first
 def choose_forward_launch(itemsize: int, T: int, D: int, *, aligned: bool, family: str) -> MixLaunch:
     """Few tokens, as in decoding: narrow tiles and many bytes of the weight under way at once."""
     launch = choose_launch(itemsize, T, D, aligned=aligned, family=family)
@@ -272,6 +276,7 @@ def choose_forward_launch(itemsize: int, T: int, D: int, *, aligned: bool, famil
     return MixLaunch(block_m=block_m, block_n=64, block_k=block_k, swapped=True, options=options)
 
 
+@measured_first
 def choose_weight_grad_launch(
     itemsize: int, Q: int, D: int, num_slots: int, *, aligned: bool, family: str
 ) -> MixLaunch:
@@ -303,7 +308,10 @@ def launch_attention_mix(o: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
     if y.numel() == 0:
         return y
     aligned = _aligned(o, weight, gate)
-    launch = choose_forward_launch(o.itemsize, T, D, aligned=aligned, family=device_family(o.device))
+    case = Case("attention_mix forward", S * A * Q, D, T)
+    launch = choose_forward_launch(
+        o.itemsize, T, D, aligned=aligned, family=device_family(o.device), case=case
+    )
     _mix_kernel[(triton.cdiv(T, launch.block_m) * triton.cdiv(D, launch.block_n),)](
         o,
         gate,
@@ -342,7 +350,8 @@ def _launch_input_grad(
 ) -> None:
     (T, S, A, Q), D = o.shape, weight.shape[0]
     aligned = _aligned(o, weight, gate, grad, do)
-    launch = choose_launch(o.itemsize, T, Q, aligned=aligned, family=device_family(o.device))
+    case = Case("attention_mix input_grad", D, Q, T)
+    launch = choose_launch(o.itemsize, T, Q, aligned=aligned, family=device_family(o.device), case=case)
     blocks_per_slot = triton.cdiv(Q, launch.block_n)
     num_blocks = S * A * blocks_per_slot
     partial = None if dgate is None else torch.empty(num_blocks, T, dtype=torch.float32, device=o.device)
@@ -379,8 +388,9 @@ def _launch_input_grad(
 def _launch_weight_grad(grad: Tensor, o: Tensor, gate: Tensor, dweight: Tensor) -> None:
     (T, S, A, Q), D = o.shape, dweight.shape[0]
     aligned = _aligned(o, dweight, gate, grad)
+    case = Case("attention_mix weight_grad", Q, D, T)
     launch = choose_weight_grad_launch(
-        o.itemsize, Q, D, S * A, aligned=aligned, family=device_family(o.device)
+        o.itemsize, Q, D, S * A, aligned=aligned, family=device_family(o.device), case=case
     )
     num_tiles = S * A * triton.cdiv(Q, launch.block_m)
     _weight_grad_kernel[(num_tiles * triton.cdiv(D, launch.block_n),)](
@@ -404,6 +414,12 @@ def _launch_weight_grad(grad: Tensor, o: Tensor, gate: Tensor, dweight: Tensor) 
 ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 SIZES = (16, 32, 128, 1 << 15)
 FLOAT32_POINTERS = ("gate_ptr", "dgate_ptr", "partial_ptr")
+# in the table by these names; what may be absent
+MEASURED = {
+    "forward": (_mix_kernel, ((),)),
+    "input_grad": (_input_grad_kernel, ((), ("do_ptr",), ("partial_ptr",))),
+    "weight_grad": (_weight_grad_kernel, ((),)),
+}
 INTEGERS = ("T", "D", "C", "S", "A", "Q", "num_blocks", "num_tiles", "blocks_per_slot")
 
 
@@ -424,7 +440,25 @@ def compilations() -> list[Compilation]:
         for (kernel, dtype, launch, absent), families in cases.items()
         for pdl in (False, True)
     ]
-    return products + [_gate_grad_compilation(pdl=pdl) for pdl in (False, True)]
+    measured = [
+        made
+        for name, (kernel, absents) in MEASURED.items()
+        for made in tuned_compilations(
+            f"attention_mix {name}",
+            MixLaunch,
+            partial(_measured_compilations, kernel=kernel, absents=absents),
+        )
+    ]
+    return products + measured + [_gate_grad_compilation(pdl=pdl) for pdl in (False, True)]
+
+
+def _measured_compilations(
+    launch: MixLaunch, kernel: Any, absents: tuple[tuple[str, ...], ...]
+) -> list[Compilation]:
+    return [
+        _compilation(kernel, dtype, launch, absent, pdl=False, families=())
+        for dtype, absent in product(("bf16", "fp16"), absents)
+    ]
 
 
 def _compilation(

@@ -8,6 +8,7 @@ a tensor memory accelerator (TMA), it loads the matrix.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 
 import triton
@@ -28,6 +29,7 @@ from .launch import (
     wait_for_inputs,
 )
 from .tiles import describable, descriptor_type, matrix_descriptor, matrix_tile, row_tile, swizzle
+from .tuned import Case, measured_first, tuned_compilations
 
 # --- kernels: pointers end in _ptr; every block load is followed by its shape -----------
 
@@ -143,6 +145,7 @@ class GroupedLaunch:
         return (1, self.block_k, self.block_n) if transposed else (1, self.block_n, self.block_k)
 
 
+@measured_first
 def choose_launch(itemsize: int, N: int, E: int, *, aligned: bool, family: str) -> GroupedLaunch:
     """Tiles about as high as an expert has rows: its matrix is read once and little of a tile is idle.
 
@@ -202,7 +205,9 @@ def grouped_product(
     if y.numel() == 0:
         return y
     aligned = aligned_to_16((I, O), x, weight) and describable(weight)
-    launch = choose_launch(x.itemsize, N, E, aligned=aligned, family=device_family(x.device))
+    kind = "transposed" if transposed else "plain" if token is None else "gathered"
+    case = Case(f"grouped_gemm {kind}", I, O, triton.cdiv(N, E))
+    launch = choose_launch(x.itemsize, N, E, aligned=aligned, family=device_family(x.device), case=case)
     # one more group than experts: the rows left over
     num_tiles = tile_bound(N, E + 1, launch.block_m)
     _grouped_gemm_kernel[(num_tiles * triton.cdiv(O, launch.block_n),)](
@@ -250,17 +255,28 @@ def launch_input_grad(grad: Tensor, weight: Tensor, offset: Tensor, tile_end: Te
     return grouped_product(grad, weight, offset, tile_end, transposed=True)
 
 
+KINDS = ("plain", "gathered", "transposed")
+
+
 def compilations() -> list[Compilation]:
     """Every configuration that `choose_launch` gives."""
-    return for_families(_compilations)
+    found = for_families(_compilations)
+    for kind in KINDS:
+        found += tuned_compilations(
+            f"grouped_gemm {kind}", GroupedLaunch, partial(_tuned_compilations, kind=kind)
+        )
+    return found
+
+
+def _tuned_compilations(launch: GroupedLaunch, kind: str) -> Iterator[Compilation]:
+    for dtype, widths in product(("bf16", "fp16"), ("whole", "ragged")):
+        yield _compilation(dtype, launch, kind, widths, pdl=False)
 
 
 def _compilations(family: str) -> Iterator[Compilation]:
     for (dtype, itemsize), N, aligned in product(ITEMSIZES.items(), TILE_HEIGHTS, (True, False)):
         launch = choose_launch(itemsize, N, 1, aligned=aligned, family=family)
-        for kind, widths, pdl in product(
-            ("plain", "gathered", "transposed"), ("whole", "ragged") if aligned else ("odd",), (False, True)
-        ):
+        for kind, widths, pdl in product(KINDS, ("whole", "ragged") if aligned else ("odd",), (False, True)):
             yield _compilation(dtype, launch, kind, widths, pdl=pdl)
 
 

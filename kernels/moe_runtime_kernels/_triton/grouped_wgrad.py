@@ -26,6 +26,7 @@ from .launch import (
     wait_for_inputs,
 )
 from .tiles import expert_rows, swizzle
+from .tuned import Case, measured_first, tuned_compilations
 
 # --- kernels: pointers end in _ptr; every block load is followed by its shape -----------
 
@@ -140,6 +141,7 @@ class WeightGradLaunch:
     options: Options
 
 
+@measured_first
 def choose_launch(itemsize: int, *, aligned: bool, family: str, add: bool = False) -> WeightGradLaunch:
     """From compile checks; not yet measured on a GPU.
 
@@ -167,6 +169,7 @@ def choose_launch(itemsize: int, *, aligned: bool, family: str, add: bool = Fals
     )
 
 
+MEASURED = "grouped_wgrad gathered x"  # what the table has: the gradient of an up-projection
 BIAS_BLOCK_O, BIAS_BLOCK_R = 128, 16
 BIAS_OPTIONS = Options(num_warps=4)
 
@@ -194,7 +197,8 @@ def grouped_weight_grad(
         return dweight
     aligned = aligned_to_16((I, O), grad, x, out)
     add, family = main_grad is not None, device_family(x.device)
-    launch = choose_launch(x.itemsize, aligned=aligned, family=family, add=add)
+    case = Case(MEASURED, I, O, triton.cdiv(grad.shape[0], E)) if x_token is not None and not add else None
+    launch = choose_launch(x.itemsize, aligned=aligned, family=family, add=add, case=case)
     blocks = triton.cdiv(O, launch.block_o) * triton.cdiv(I, launch.block_i)
     _weight_grad_kernel[(E * blocks,)](
         grad,
@@ -272,7 +276,12 @@ def launch_bias_grad(grad: Tensor, offset: Tensor) -> Tensor:
 
 def compilations() -> list[Compilation]:
     """Every configuration that `choose_launch` gives, with neither or one operand gathered."""
-    return for_families(_compilations)
+    return for_families(_compilations) + tuned_compilations(MEASURED, WeightGradLaunch, _measured)
+
+
+def _measured(launch: WeightGradLaunch) -> Iterator[Compilation]:
+    for dtype in ("bf16", "fp16"):
+        yield _weight_compilation(dtype, launch, "x", True, add=False, pdl=False)
 
 
 def _compilations(family: str) -> Iterator[Compilation]:
