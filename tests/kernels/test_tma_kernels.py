@@ -151,3 +151,16 @@ def test_who_loads_through_descriptors(height, family):
         assert choose_dh_launch(*sizes, **more).tma == wanted
         assert choose_up_launch(*sizes, gated=True, **more).tma == wanted
         assert choose_up_launch(*sizes, gated=False, **more).tma == wanted
+
+
+def test_matrices_that_no_descriptor_holds_are_loaded_by_pointers(monkeypatch):
+    from moe_runtime_kernels._triton import expert_ffn, grouped_gemm
+
+    choices = [(expert_ffn, "choose_up_launch"), (expert_ffn, "choose_dh_launch")]
+    made = [pin(monkeypatch, *choice) for choice in (*choices, (grouped_gemm, "choose_launch"))]
+    for module in (expert_ffn, grouped_gemm):
+        monkeypatch.setattr(module, "describable", lambda weight: False)
+    inputs, grad = make_inputs(ROUTING, torch.float16, D=16, F=16)
+    run(layer(make_routing()), inputs, grad)
+    assert [len(launches) for launches in made] == [1, 1, 2]
+    assert not any(launch.tma for launches in made for launch in launches)
