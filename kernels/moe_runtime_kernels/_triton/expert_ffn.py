@@ -8,6 +8,7 @@ left are grouped ones. No rows are copied just to be in order.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -33,6 +34,7 @@ from .launch import (
 )
 from .permute import launch_scatter_rows
 from .tiles import describable, descriptor_type, matrix_descriptor, matrix_tile, row_tile, swizzle
+from .tuned import Case, measured_first, tuned_compilations
 
 # --- kernels: pointers end in _ptr; every block load is followed by its shape -----------
 
@@ -430,6 +432,7 @@ def _small_launch(itemsize: int, block_m: int, gated: bool) -> FFNLaunch:
     )
 
 
+@measured_first
 def choose_up_launch(itemsize: int, N: int, E: int, *, gated: bool, aligned: bool, family: str) -> FFNLaunch:
     """From compile checks; not yet measured on a GPU.
 
@@ -457,6 +460,7 @@ def choose_up_launch(itemsize: int, N: int, E: int, *, gated: bool, aligned: boo
     )
 
 
+@measured_first
 def choose_dh_launch(itemsize: int, N: int, E: int, *, aligned: bool, family: str) -> FFNLaunch:
     """As `choose_up_launch`; gated or not, a column takes one column of the product."""
     block_m = _tile_height(N, E)
@@ -523,7 +527,8 @@ def _launch_up(
         return
     family, aligned = device_family(x.device), aligned_to_16((D, F), x, gate_up) and describable(gate_up)
     gated = G == 2 * F
-    launch = choose_up_launch(x.itemsize, N, E, gated=gated, aligned=aligned, family=family)
+    case = Case("expert_ffn up gated" if gated else "expert_ffn up", D, F, triton.cdiv(N, E))
+    launch = choose_up_launch(x.itemsize, N, E, gated=gated, aligned=aligned, family=family, case=case)
     gate_up_desc = None
     if launch.tma:
         gate_up_desc = matrix_descriptor(gate_up, (E, G // F, F, D), launch.gate_up_block(gated))
@@ -597,7 +602,8 @@ def launch_expert_ffn_backward(
             _launch_up(x, gate_up, gate_up_bias, token, offset, tile_end, F, activation, h, None)
 
     family, aligned = device_family(x.device), aligned_to_16((D, F), grad, down, h) and describable(down)
-    launch = choose_dh_launch(x.itemsize, N, E, aligned=aligned, family=family)
+    case = Case("expert_ffn dh", D, F, triton.cdiv(N, E))
+    launch = choose_dh_launch(x.itemsize, N, E, aligned=aligned, family=family, case=case)
     num_blocks = triton.cdiv(F, launch.block_f)
     dh = x.new_empty(N, G) if needs_x or needs_gate_up or needs_gate_up_bias else None
     weighted_a = x.new_empty(N, F) if needs_down else None
@@ -636,14 +642,13 @@ def launch_expert_ffn_backward(
             EXPERTS=triton.next_power_of_2(E),
             **DWEIGHT_OPTIONS.keywords(),
         )
-    # what is done with is given back; dx, which needs N * D numbers for a while, comes before the gradients
-    # of the weights
+    # what is done with is given back; dx, which needs N * D numbers for a while, comes before dgate_up
     del h, part
-    if dh is not None and needs_x:
-        dx = launch_scatter_rows(grouped_product(dh, gate_up, offset, tile_end, transposed=True), row)
     if weighted_a is not None:
         ddown = grouped_weight_grad(grad, weighted_a, offset, grad_token=token, main_grad=down_main_grad)
         del weighted_a
+    if dh is not None and needs_x:
+        dx = launch_scatter_rows(grouped_product(dh, gate_up, offset, tile_end, transposed=True), row)
     if needs_down_bias:
         ddown_bias = grouped_bias_grad(grad, offset, token=token, scale=weight, slot=slot)
     if dh is not None and needs_gate_up:
@@ -670,9 +675,22 @@ def compilations() -> list[Compilation]:
     """Every tile that the launch choices give, for the activations with most and least registers.
 
     float16 is bfloat16's code with other instructions, and odd widths have one tile of few registers: both
-    are there with one activation. float32 has the same tiles for all widths.
+    are there with one activation. float32 has the same tiles for all widths. What the table has is there for
+    bfloat16 only, for the same reason.
     """
-    return for_families(_compilations)
+    found = for_families(_compilations)
+    for kernel in ("up gated", "up", "dh"):
+        found += tuned_compilations(f"expert_ffn {kernel}", FFNLaunch, partial(_measured, kernel=kernel))
+    return found
+
+
+def _measured(launch: FFNLaunch, kernel: str) -> Iterator[Compilation]:
+    for variant in _VARIANTS:
+        if kernel == "dh":
+            yield _compilation("dh", "bf16", launch, variant, aligned=True, pdl=False)
+        elif variant[1] == (kernel == "up gated"):
+            yield _compilation("up", "bf16", launch, variant, aligned=True, pdl=False)
+            yield _compilation("h", "bf16", launch, ("silu", *variant[1:]), aligned=True, pdl=False)
 
 
 def _compilations(family: str) -> Iterator[Compilation]:
