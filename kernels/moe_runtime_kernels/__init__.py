@@ -5,11 +5,13 @@ from .combine import combine
 from .expert_choice import RouteExpertChoice, route_expert_choice
 from .expert_ffn import expert_ffn
 from .grouped_gemm import gathered_grouped_gemm, grouped_gemm
+from .memory import MemoryPlan, plan_memory
 from .permute import gather_rows, scatter_rows
 from .plan import RoutingPlan, make_plan
 from .route import RouteTopK, route_topk
 
 __all__ = [
+    "MemoryPlan",
     "RouteExpertChoice",
     "RouteTopK",
     "RoutingPlan",
@@ -20,6 +22,7 @@ __all__ = [
     "gathered_grouped_gemm",
     "grouped_gemm",
     "make_plan",
+    "plan_memory",
     "route_expert_choice",
     "route_topk",
     "scatter_rows",
