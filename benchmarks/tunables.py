@@ -52,6 +52,15 @@ class Tunable:
         sizes, keywords = self.arguments(shape, T)
         return getattr(self.module(), self.choice)(2, *sizes, aligned=True, family=family, **keywords)
 
+    def choose(self, shape: Shape, T: int, family: str) -> Any:
+        """What is chosen with the table as it is."""
+        from moe_runtime_kernels._triton.tuned import Case
+
+        sizes, keywords = self.arguments(shape, T)
+        case = Case(self.kernel, *self.sizes(shape, T))
+        choose = getattr(self.module(), self.choice)
+        return choose(2, *sizes, aligned=True, family=family, case=case, **keywords)
+
     def is_of(self, compilation: Any) -> bool:
         """In bfloat16, aligned, without dependent launch; what is added to a main gradient is another one."""
         words = compilation.label.split()

@@ -208,6 +208,67 @@ def test_a_measured_launch_comes_before_the_closed_form(monkeypatch):
     assert choose(2, 8, **for_it) == launch(block_n=64, tma=False)
 
 
+def compiled_as(made, fields, family):
+    """Whether a compilation is what a launch with these fields is compiled to."""
+    options = {"num_warps": made.options.num_warps, "num_stages": made.options.num_stages}
+    has_tma = any(kind.startswith("tensordesc") for kind in made.signature.values())
+    known = {"TMA": has_tma, **{name.upper(): value for name, value in options.items()}, **made.constexprs}
+    differs = [name for name, value in fields.items() if known.get(name.upper(), value) != value]
+    return not differs and family in made.families
+
+
+def entry(tunable, T=8192):
+    """(shape, key, closed form, another launch) of a kernel at a size that is in the table below."""
+    model = "qwen3-30b-a3b" if "qwen3-30b-a3b" in tunable.shapes else "bam-4096-own-kv"
+    shape = tunable.shapes[model]
+    closed = tunable.closed_form(shape, T, "cuda90")
+    other = tune.changed(closed, {"group": 16, "num_stages": 2}, tunable.unused)
+    return (
+        shape,
+        tuned.make_key("cuda90", 2, tuned.Case(tunable.kernel, *tunable.sizes(shape, T))),
+        closed,
+        other,
+    )
+
+
+@pytest.mark.parametrize("tunable", tunables.TUNABLES, ids=NAMES)
+def test_an_entry_is_chosen_for_its_key_and_nothing_else(tunable, monkeypatch):
+    shape, key, closed, other = entry(tunable)
+    assert tunable.choose(shape, 8192, "cuda90") == closed != other
+    monkeypatch.setattr(tuned, "TABLE", {tunable.kernel: {key: tune.fields_of(other)}})
+    assert tunable.choose(shape, 8192, "cuda90") == other
+    assert tunable.choose(shape, 8191, "cuda90") == other
+    for T, family in ((8193, "cuda90"), (128, "cuda90"), (8192, "cuda100"), (8192, "hip")):
+        assert tunable.choose(shape, T, family) == tunable.closed_form(shape, T, family)
+
+
+@pytest.mark.parametrize("tunable", tunables.TUNABLES, ids=NAMES)
+def test_an_entry_is_compiled_ahead_of_time_for_its_devices(tunable, monkeypatch):
+    _, key, _, other = entry(tunable)
+    fields = tune.fields_of(other)
+    before = list(map(repr, tunable.module().compilations()))
+    monkeypatch.setattr(tuned, "TABLE", {tunable.kernel: {key: fields}})
+    added = [made for made in tunable.module().compilations() if repr(made) not in before]
+    assert added
+    for made in added:
+        assert compiled_as(made, fields, "cuda90")
+        assert made.families == ("cuda90",)
+        assert made.kernel.fn.__name__ == tunable.function
+    assert {made.label.split()[0] for made in added} >= {"bf16"}
+    assert not compiled_as(added[0], {**fields, "group": 8}, "cuda90")
+    assert not compiled_as(added[0], fields, "cuda80")
+
+
+def test_every_entry_of_the_shipped_table_is_compiled_ahead_of_time():
+    by_name = {tunable.kernel: tunable for tunable in tunables.TUNABLES}
+    for kernel, entries in tuned.TABLE.items():
+        compilations = by_name[kernel].module().compilations()
+        for key, fields in entries.items():
+            assert any(
+                by_name[kernel].is_of(made) and compiled_as(made, fields, key.family) for made in compilations
+            )
+
+
 def test_the_tables_file_is_what_is_rendered_from_it():
     text = tune.TABLE_FILE.read_text()
     origin = text.partition(tune.MARK)[2].splitlines()[2].removeprefix("# ")
