@@ -26,6 +26,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL_TESTS = ("route", "plan", "permute", "combine", "grouped_gemm", "expert_ffn", "attention_mix")
+OPTION_TESTS = (
+    "main_grad",
+    "recompute",
+    "memory",
+    "capture",
+)  # of what they can do beyond forward and backward
 TESTS_SECONDS = 150
 # suite -> seconds; bars first
 BARS = {"route": 30, "plan": 25, "combine": 30, "expert_ffn": 90}
@@ -66,7 +72,7 @@ def _correctness(dry_run: bool) -> list[Part]:
     pytest = (sys.executable, "-m", "pytest", "-q")
     tests = {"close": "tests/test_close.py"}
     if not dry_run:
-        tests |= {name: f"tests/kernels/test_{name}.py" for name in KERNEL_TESTS}
+        tests |= {name: f"tests/kernels/test_{name}.py" for name in KERNEL_TESTS + OPTION_TESTS}
     found = [Part(f"test {name}", (*pytest, path), seconds, together=True) for name, path in tests.items()]
     return [*found, _small_cases(seconds, dry_run)]
 

@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from benchmarks import gpu_round as round_of_parts
-from benchmarks.gpu_round import BARS, COMPARISONS, KERNEL_TESTS, PEERS, Part, longest, parts, run_parts
+from benchmarks.gpu_round import (
+    BARS,
+    COMPARISONS,
+    KERNEL_TESTS,
+    OPTION_TESTS,
+    PEERS,
+    Part,
+    longest,
+    parts,
+    run_parts,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 TEN_MINUTES = 600
@@ -49,9 +59,13 @@ def test_the_round_fits_into_ten_minutes_and_names_what_exists(tmp_path):
     todo = parts(tmp_path, dry_run=False)
     assert longest(todo) <= TEN_MINUTES
     commands = [" ".join(part.command) for part in todo]
-    for name in KERNEL_TESTS:
+    for name in KERNEL_TESTS + OPTION_TESTS:
         assert (ROOT / f"tests/kernels/test_{name}.py").exists()
         assert any(f"tests/kernels/test_{name}.py" in command for command in commands)
+    marked = {
+        path.stem for path in (ROOT / "tests/kernels").glob("*.py") if "pytest.mark.gpu" in path.read_text()
+    }
+    assert marked <= {f"test_{name}" for name in KERNEL_TESTS + OPTION_TESTS}, "the round leaves out a test"
     for suite in {*BARS, *COMPARISONS, *PEERS}:
         assert (ROOT / "benchmarks" / f"bench_{suite}.py").exists()
     operations = {path.stem for path in (ROOT / "kernels/moe_runtime_kernels/_triton").glob("[a-z]*.py")}
