@@ -59,8 +59,15 @@ def gradients(fn, inputs, grad):
     return {name: x.grad for name, x in leaves.items()}
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("names", [("gate_up", "down"), ("gate_up",), ("down",)], ids="-".join)
+@pytest.mark.parametrize(
+    ("names", "recompute"),
+    [
+        pytest.param(("gate_up", "down"), False, id="both"),
+        pytest.param(("gate_up", "down"), True, id="both-recomputed"),
+        pytest.param(("gate_up",), False, id="gate_up"),
+        pytest.param(("down",), False, id="down"),
+    ],
+)
 @pytest.mark.parametrize(("D", "F"), SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -105,7 +112,7 @@ def accumulated(fns, draws):
     ],
 )
 def test_micro_batches_add_up_in_float32(kernels, dtype):
-    routings = [Routing(T, 2, 5, "sentinels") for T in (33, 34, 35, 36)]
+    routings = [Routing(T, 2, 5, "sentinels") for T in (33, 40)]
     experts = [choose(routing) for routing in routings]
     plans = [make_plan(expert_TK, 5) for expert_TK in experts]
     draws = [make_inputs(routing, dtype, D=24, F=16, draw=i) for i, routing in enumerate(routings)]
