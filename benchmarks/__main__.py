@@ -22,6 +22,8 @@ def run(arguments: argparse.Namespace) -> int:
         "-s",
         "-p",
         "no:cacheprovider",
+        "-W",
+        "default",  # another library's warnings are no errors of a comparison
         f"--rootdir={HERE.parent}",
         f"--results={arguments.output}",
     ]
