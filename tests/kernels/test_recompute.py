@@ -8,6 +8,7 @@ from interpreter import interpreted, needs_interpreter
 from moe_runtime_kernels import expert_ffn, make_plan
 from moe_runtime_kernels.flop_formulas import register_flop_formulas
 from moe_runtime_kernels.plan import TILE_HEIGHTS
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,6 +101,24 @@ def saved_bytes(recompute, **leaves):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         layer(plan, recompute)(**leaves)
     return sum(saved.values())
+
+
+class Forward(TorchDispatchMode):
+    """The arguments of expert_ffn's forward."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() == "moe_runtime::expert_ffn":
+            self.arguments = args
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_forward_does_not_store_what_is_not_kept():
+    inputs, _ = make_inputs(ROUTING, torch.float32)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    for recompute in (False, True):
+        with Forward() as forward:
+            layer(make_plan(choose(ROUTING), ROUTING.E), recompute)(**leaves)
+        assert forward.arguments[-1] is not recompute
 
 
 @pytest.mark.parametrize("optional", [("residual",), NAMES[4:]], ids=["plain", "bias"])
