@@ -339,7 +339,7 @@ def unchanged_rows(folder: Path, compiled: set[str]) -> list[list[Any]]:
         return []
     now, then = source_hashes(), newest["sources"]
     # every kernel is made with these
-    if any(now[name] != then.get(name) for name in ("launch.py", "tiles.py")):
+    if any(now[name] != then.get(name) for name in ("launch.py", "tiles.py", "tuned.py")):
         return []
     file = newest["columns"].index("file")
     return [

@@ -405,8 +405,9 @@ _SECTIONS = {
     ),
     "linear": _ratio_section(
         "Float32 products on the CPU",
-        "The linear layer of the models against `torch.nn.functional.linear`. On AMD processors with AVX-512 "
-        "it goes through oneDNN, elsewhere it is the same function. Timed in turns; medians.",
+        'The linear layer of the models after `torch.set_float32_matmul_precision("high")`, against '
+        "`torch.nn.functional.linear`, which it is without. On AMD processors with AVX-512 it then goes "
+        "through oneDNN, elsewhere it stays the same function. Timed in turns; medians.",
     ),
     "moe_layer": _ratio_section(
         "Mixture-of-Experts layer against dense",
