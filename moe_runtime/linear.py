@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from moe_runtime_kernels._cpu import onednn_product, onednn_takes
@@ -25,10 +26,11 @@ class Linear(nn.Linear):
 
 @contextmanager
 def precise_products() -> Iterator[None]:
-    """Inside, float32 products are as precise as PyTorch has them, whatever the process asked for."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Inside, float32 products on the CPU are as precise as PyTorch has them, whatever was asked for."""
+    products: Any = torch.backends.mkldnn.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        products.fp32_precision = before

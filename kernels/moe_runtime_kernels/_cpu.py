@@ -3,7 +3,8 @@
 PyTorch gives float32 products to MKL, which runs AVX2 code on processors that are not Intel's; oneDNN, its
 library for bfloat16, uses their AVX-512. docs/performance.md has the measured ratio. But oneDNN sums each
 entry in one chain where MKL sums blocks of it, and rounds more. So it serves only those who asked for faster
-and less precise float32 products by PyTorch's own switch, `torch.set_float32_matmul_precision("high")`.
+and less precise float32 products by PyTorch's own switches: `torch.set_float32_matmul_precision("high")`, or
+`torch.backends.mkldnn.matmul.fp32_precision = "tf32"`.
 """
 
 from pathlib import Path
@@ -29,11 +30,12 @@ def onednn_takes(x: Tensor, weight_OI: Tensor) -> bool:
     Rows further apart than their width would take oneDNN's slow general path.
     """
     return bool(
-        torch.get_float32_matmul_precision() != "highest"
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and x.dtype == weight_OI.dtype == torch.float32
         and ONEDNN_IS_FASTER
         and torch.backends.mkldnn.enabled
+        # not torch.get_float32_matmul_precision, which raises where the newer switches were used
+        and torch.backends.mkldnn.matmul.fp32_precision in ("tf32", "bf16")
         and x.is_contiguous()
         and (weight_OI.is_contiguous() or weight_OI.t().is_contiguous())
         and not (torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad))

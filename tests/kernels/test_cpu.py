@@ -1,5 +1,8 @@
 """The float32 product through oneDNN equals PyTorch's own, and is left where it would be wrong or slow."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from close import assert_close_to_exact
@@ -48,6 +51,36 @@ def test_what_onednn_would_do_wrong_or_slowly_stays_with_pytorch():
 def test_the_most_precise_product_is_pytorchs():
     torch.set_float32_matmul_precision("highest")
     assert not _cpu.onednn_takes(torch.randn(8, 16), torch.randn(4, 16))
+
+
+@pytest.mark.parametrize(
+    ("switch", "through_onednn"),
+    [
+        ("torch.backends.fp32_precision = 'tf32'", True),
+        ("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", True),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", False),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", False),
+        ("torch.backends.fp32_precision = 'ieee'", False),
+    ],
+)
+def test_every_switch_of_pytorch_can_be_used_before(switch, through_onednn):
+    """In a process of its own: PyTorch refuses its older switches once the newer were used."""
+    script = f"""
+import torch
+from moe_runtime_kernels import _cpu
+from moe_runtime.linear import Linear, precise_products
+{switch}
+_cpu.ONEDNN_IS_FASTER = True
+x, layer = torch.randn(8, 16), Linear(16, 4)
+before = torch.backends.cuda.matmul.fp32_precision
+with torch.no_grad():
+    layer(x), layer.bfloat16()(x.bfloat16())
+    with precise_products():
+        assert not _cpu.onednn_takes(x, torch.randn(4, 16))
+    assert _cpu.onednn_takes(x, torch.randn(4, 16)) is {through_onednn}
+assert torch.backends.cuda.matmul.fp32_precision == before
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)
 
 
 def test_pytorchs_switch_for_onednn_is_obeyed(monkeypatch):

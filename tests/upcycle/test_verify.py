@@ -4,8 +4,10 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+import moe_runtime.hf.loading
 from moe_runtime.config import ModelConfig
 from upcycle import UpcycleError, verify
 from upcycle.verify import differences
@@ -73,6 +75,24 @@ def test_a_changed_weight_fails(dense, run):
     as_rounded = replace(result, max_abs_diff=0.0)  # as if float32 had hidden it
     assert not as_rounded.passed
     assert not replace(result, max_abs_diff_float64=0.0).passed
+
+
+def test_products_are_precise_whatever_the_process_asked_for(dense, run, monkeypatch):
+    seen, products = set(), torch.backends.mkldnn.matmul
+    load = moe_runtime.hf.loading.load_causal_lm
+
+    def spy(*arguments, **options):
+        seen.add(products.fp32_precision)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(moe_runtime.hf.loading, "load_causal_lm", spy)
+    before, products.fp32_precision = products.fp32_precision, "bf16"
+    try:
+        assert verify(run(method="copy", base=dense("llama"), experts=2)).passed
+        assert products.fp32_precision == "bf16"
+    finally:
+        products.fp32_precision = before
+    assert seen == {"ieee"}
 
 
 def test_logits_that_are_not_finite_fail_where_no_equality_is_asked(dense, run):
