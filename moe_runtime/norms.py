@@ -45,8 +45,13 @@ class LayerNorm(nn.Module):
 
 
 def _weight(weight: Tensor, head: Tensor | None) -> Tensor:
-    """The whole weight, or the row of each head; as an embedding, whose gradient sums in a fixed order."""
-    return weight if head is None else F.embedding(head, weight)
+    """The whole weight, or the row of each head, then in float32 or wider.
+
+    As an embedding, whose gradient sums in a fixed order; in float32, because a long sum in bfloat16 stalls.
+    """
+    if head is None:
+        return weight
+    return F.embedding(head, weight.to(torch.promote_types(weight.dtype, torch.float32)))
 
 
 def make_norm(kind: Norm, *shape: int, eps: float, bias: bool = False) -> RMSNorm | LayerNorm:

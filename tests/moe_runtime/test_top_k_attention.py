@@ -1,5 +1,7 @@
 """Mixtures of attention that compute each token's K experts only: equal to all experts with gates of zero."""
 
+import copy
+
 import pytest
 import torch
 from attention_layers import EVERYTHING, KV_VARIANTS, A, B, D, H, L, P, by_head, gates, mixture, query_heads
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from moe_runtime.attention import MixtureOfAttention, MixtureProjection, rotary_tables
 from moe_runtime.config import AttentionConfig
 from moe_runtime.linear import Linear
+from moe_runtime.norms import make_norm
 from moe_runtime.routers import SoftRouter
 
 OPTIONS = {
@@ -111,6 +114,22 @@ class Call(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.call(self.layer, x)
+
+
+@pytest.mark.parametrize("kind", ["rms_norm", "layer_norm"])
+def test_norms_of_many_tokens_sum_their_gradients_in_float32(kind):
+    """In bfloat16 the sum of so many would stop at a tenth of it."""
+    norm, which = make_norm(kind, 8, P, eps=1e-6, bias=kind == "layer_norm"), torch.arange(40_000) % 8
+    x, grad = randn(40_000, P), randn(40_000, P, seed=1).abs()
+
+    def gradients(dtype):
+        made = copy.deepcopy(norm).to(dtype)
+        made(x.bfloat16().to(dtype), which).backward(grad.bfloat16().to(dtype))
+        return [parameter.grad for parameter in made.parameters()]
+
+    for rounded, exact in zip(gradients(torch.bfloat16), gradients(torch.float64), strict=True):
+        assert rounded.dtype == torch.bfloat16
+        assert (rounded - exact).norm() < 1e-2 * exact.norm()
 
 
 @pytest.mark.parametrize("kv", ["expert", "shared"])
