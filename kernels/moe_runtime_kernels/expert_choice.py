@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._checks import FLOATS, check_choice, check_device, check_dims, check_dtype, check_shape
 from ._dispatch import accumulator
-from .route import SCORES
+from .route import SCORES, router_scores
 
 
 class RouteExpertChoice(NamedTuple):
@@ -69,7 +69,7 @@ def route_expert_choice(
         check_device(op, "token_mask", token_mask_T, logits_TE.device)
 
     logits_TE = logits_TE.to(accumulator(logits_TE.dtype))
-    score_TE = logits_TE.softmax(1) if score == "softmax" else logits_TE.sigmoid()
+    score_TE, _ = router_scores(logits_TE, score)
     choice_TE = score_TE.detach()
     if token_mask_T is not None:
         choice_TE = choice_TE.masked_fill(~token_mask_T[:, None], -torch.inf)

@@ -91,7 +91,7 @@ def route_topk_reference(  # noqa: PLR0913 - the operation's own arguments, in i
 ) -> tuple[Tensor, ...]:
     """B is num_sequences. `num_counted`: the tokens that count, and the sequences that have any."""
     logits_TE = logits_TE.to(accumulator(logits_TE.dtype))
-    score_TE, prob_TE = _scores(logits_TE, score)
+    score_TE, prob_TE = router_scores(logits_TE, score)
     choice_TE = score_TE.detach() if bias_E is None else score_TE.detach() + bias_E.to(score_TE.dtype)
     choice_TE = _keep_groups(choice_TE, num_groups, groups_kept, group_score)
     expert_TK = _top(choice_TE, experts_per_token)
@@ -122,7 +122,7 @@ def route_topk_reference(  # noqa: PLR0913 - the operation's own arguments, in i
     return scale * chosen_TK, expert_TK.int(), *counts, balance_loss, z_loss
 
 
-def _scores(logits_TE: Tensor, score: str) -> tuple[Tensor, Tensor]:
+def router_scores(logits_TE: Tensor, score: str) -> tuple[Tensor, Tensor]:
     """The score s of each expert and its normalised form p."""
     if score == "softmax":
         prob_TE = logits_TE.softmax(1)
@@ -179,7 +179,7 @@ def route_topk_backward_reference(  # noqa: PLR0913 - the operation's own argume
     logits_TE = logits_TE.to(accumulator(dtype))
     num_tokens, sequences = num_counted.clamp(min=1)
     counted_T1 = _counted(logits_TE, token_mask_T)[:, None]
-    score_TE, prob_TE = _scores(logits_TE, score)
+    score_TE, prob_TE = router_scores(logits_TE, score)
     tokens_B1 = (count_BE.sum(1, keepdim=True) // expert_TK.shape[1]).clamp(min=1)
     dprob_BE = dbalance_loss / (sequences * tokens_B1) * _load(count_BE, logits_TE.dtype)
     dprob_TE = dprob_BE.repeat_interleave(logits_TE.shape[0] // count_BE.shape[0], 0)

@@ -124,7 +124,8 @@ def test_renormalised_gates_of_one_choice_are_one_without_gradient(score):
 @pytest.mark.parametrize(("T", "E"), [(5, 9), (7, 61), (129, 129), (1, 65)])
 def test_ties_go_to_the_lowest_index(T, E, score):
     """Sizes at which vector and scalar exponentials meet in one tensor."""
-    for value in normal(20).tolist():
+    # at the first value torch.sigmoid's two kinds differ; at about 1 of 40 others too
+    for value in (1.7052937746047974, *normal(20).tolist()):
         logits = torch.full((T, E), value, device=DEVICE)
         expert_TK = route_topk(logits, 3, score=score).expert_TK
         assert expert_TK.tolist() == [[0, 1, 2]] * T
