@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import (
     BAM,
     BAM_SHARED_KV,
@@ -405,15 +406,22 @@ def test_checkpoint_keys_are_those_of_the_design():
     }
 
 
-def test_initial_weights_follow_the_configured_spread():
+@pytest.mark.parametrize("loaded", [False, True], ids=["made", "missing from a checkpoint"])
+@pytest.mark.parametrize(
+    "kind", [BAM, BAM_TOP_K, BAM_SHARED_KV_TOP_K], ids=["bam", "top-k", "shared-kv-top-k"]
+)
+def test_initial_weights_follow_the_configured_spread(kind, loaded, tmp_path):
     torch.manual_seed(0)
-    config = MoeRuntimeConfig(
-        **(
-            BAM
-            | {"initializer_range": 0.05, "hidden_size": 128, "attention_output_bias": True, "mlp_bias": True}
-        )
+    biases = {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True}
+    model = MoeRuntimeForCausalLM(
+        MoeRuntimeConfig(**(kind | biases | {"initializer_range": 0.05, "hidden_size": 128}))
     )
-    for name, parameter in MoeRuntimeForCausalLM(config).named_parameters():
+    if loaded:
+        model.save_pretrained(tmp_path)
+        (norm,) = (value for name, value in model.state_dict().items() if name == "model.norm.weight")
+        save_file({"model.norm.weight": norm}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        model = MoeRuntimeForCausalLM.from_pretrained(tmp_path)
+    for name, parameter in model.named_parameters():
         if "norm" in name:
             assert (parameter == 1).all(), name
         elif "bias" in name:
