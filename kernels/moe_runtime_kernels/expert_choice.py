@@ -38,7 +38,8 @@ def route_expert_choice(
     """Let each expert take its C best tokens; a token may be taken by any number of experts, also by none.
 
     Args:
-        logits_TE: router outputs, bf16, fp16, fp32 or fp64.
+        logits_TE: router outputs, bf16, fp16, fp32 or fp64. A token with a NaN among them comes before all
+            others, as in any sort of PyTorch's; mask it.
         tokens_per_expert: C, at least 1; where there are fewer tokens, every expert takes them all.
         score: "softmax" or "sigmoid".
         token_mask_T: bool; tokens that are False are never taken.
@@ -56,6 +57,8 @@ def route_expert_choice(
     check_dtype(op, "logits", logits_TE, FLOATS)
     check_choice(op, "score", score, SCORES)
     T, E = logits_TE.shape
+    if E < 1:
+        raise ValueError(f"{op}: logits must have at least 1 expert, got shape {tuple(logits_TE.shape)}")
     if tokens_per_expert < 1:
         raise ValueError(f"{op}: tokens_per_expert must be at least 1, got {tokens_per_expert}")
     if not allow_future_leak:

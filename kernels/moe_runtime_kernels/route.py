@@ -15,6 +15,7 @@ divided by K so that K does not scale the loss; ST-MoE (Zoph et al. 2022, eq. 5)
 sigmoid scores, bias and groups.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -303,6 +304,8 @@ def route_topk(  # noqa: PLR0913 - one router, described once; RouterConfig hold
         token_mask_T = token_mask_T.contiguous()
     if num_sequences < 1 or T % num_sequences:
         raise ValueError(f"route_topk: num_sequences must divide T = {T}, got {num_sequences}")
+    if not (isinstance(scale, float | int) and math.isfinite(scale)):
+        raise ValueError(f"route_topk: scale must be a finite number, got {scale!r}")
     if check_finite:
         _check_finite(logits_TE, token_mask_T)
     choice = (num_groups, groups_kept, group_score)

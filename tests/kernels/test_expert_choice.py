@@ -91,6 +91,7 @@ def test_expert_choice_compiles_in_one_graph():
             {"allow_future_leak": False},
         ),
         ("score must be one of 'softmax', 'sigmoid', got 'tanh'", {"score": "tanh"}),
+        (r"logits must have at least 1 expert, got shape \(4, 0\)", {"logits_TE": torch.ones(4, 0)}),
         (r"logits must have 2 axes \(T, E\), got shape \(4,\)", {"logits_TE": torch.ones(4)}),
         ("logits must be bfloat16 .* got int64", {"logits_TE": torch.ones(4, 6).long()}),
         (r"token_mask must have shape \(T,\) = \(4,\), got \(6,\)", {"token_mask_T": torch.ones(6).bool()}),

@@ -277,6 +277,8 @@ def test_strided_logits_are_copied():
         ),
         ("token_mask must be bool, got float32", 2, {"token_mask_T": torch.ones(4)}),
         ("num_sequences must divide T = 4, got 3", 2, {"num_sequences": 3}),
+        ("scale must be a finite number, got nan", 2, {"scale": float("nan")}),
+        ("scale must be a finite number, got '2'", 2, {"scale": "2"}),
         ("num_sequences must divide T = 4, got 0", 2, {"num_sequences": 0}),
     ],
 )
