@@ -27,10 +27,10 @@ class Linear(nn.Linear):
 @contextmanager
 def precise_products() -> Iterator[None]:
     """Inside, float32 products on the CPU are as precise as PyTorch has them, whatever was asked for."""
-    products: Any = torch.backends.mkldnn.matmul
-    before = products.fp32_precision
-    products.fp32_precision = "ieee"
+    onednn: Any = torch.backends.mkldnn
+    before = onednn.matmul.fp32_precision
+    onednn.matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
-        products.fp32_precision = before
+        onednn.matmul.fp32_precision = before

@@ -8,6 +8,7 @@ and less precise float32 products by PyTorch's own switches: `torch.set_float32_
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,13 +30,14 @@ def onednn_takes(x: Tensor, weight_OI: Tensor) -> bool:
 
     Rows further apart than their width would take oneDNN's slow general path.
     """
+    onednn: Any = torch.backends.mkldnn
     return bool(
         x.device.type == "cpu"
         and x.dtype == weight_OI.dtype == torch.float32
         and ONEDNN_IS_FASTER
-        and torch.backends.mkldnn.enabled
+        and onednn.enabled
         # not torch.get_float32_matmul_precision, which raises where the newer switches were used
-        and torch.backends.mkldnn.matmul.fp32_precision in ("tf32", "bf16")
+        and onednn.matmul.fp32_precision in ("tf32", "bf16")
         and x.is_contiguous()
         and (weight_OI.is_contiguous() or weight_OI.t().is_contiguous())
         and not (torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad))

@@ -16,6 +16,7 @@ sigmoid scores, bias and groups.
 """
 
 import math
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -304,7 +305,7 @@ def route_topk(  # noqa: PLR0913 - one router, described once; RouterConfig hold
         token_mask_T = token_mask_T.contiguous()
     if num_sequences < 1 or T % num_sequences:
         raise ValueError(f"route_topk: num_sequences must divide T = {T}, got {num_sequences}")
-    if not (isinstance(scale, float | int) and math.isfinite(scale)):
+    if not (isinstance(scale, Real | torch.SymFloat) and math.isfinite(scale)):
         raise ValueError(f"route_topk: scale must be a finite number, got {scale!r}")
     if check_finite:
         _check_finite(logits_TE, token_mask_T)
