@@ -367,7 +367,7 @@ def _tuned_section(content: dict[str, Any], path: Path, root: Path) -> list[str]
     )
     explained = (
         "Launches by `python -m benchmarks tune`, by family of the device, bytes of an element, inner width, "
-        "outer width and rows per expert. Replayed from CUDA graphs, in turns; medians."
+        "outer width, groups and rows in all. Replayed from CUDA graphs, in turns; medians."
     )
     return ["## Tuned launches", explained, table, _origin(content, path, root)]
 

@@ -27,7 +27,8 @@ class Tunable:
         file: of `_triton/`, `function` the kernel in it and `choice` what chooses its launch.
         labels: words of the label of its compilations.
         shapes: those it can be measured in.
-        sizes: inner, outer and rows of its product, for a shape and a number of tokens: the table's key.
+        sizes: inner, outer, groups and rows of its product, for a shape and a number of tokens; by them
+            the table is looked up.
         arguments: of `choice` after the first, and its keywords, for the same.
         call: what is timed, for the same, on the device that is there.
         unused: fields of its launch that it does not read.
@@ -39,7 +40,7 @@ class Tunable:
     choice: str
     labels: tuple[str, ...] = ()
     shapes: dict[str, Any]
-    sizes: Callable[[Any, int], tuple[int, int, int]]
+    sizes: Callable[[Any, int], tuple[int, int, int, int]]
     arguments: Callable[[Any, int], tuple[tuple[int, ...], dict[str, Any]]]
     call: Callable[[Any, int], Call]
     unused: tuple[str, ...] = ()
@@ -147,11 +148,6 @@ def mix_call(kind: str, shape: MixShape, T: int) -> Call:
 # --- the kernels ------------------------------------------------------------------------
 
 
-def _rows(shape: ExpertShape, T: int) -> int:
-    """Of an expert on average."""
-    return -(-T * shape.K // shape.E)
-
-
 def _by_rows(shape: ExpertShape, T: int) -> tuple[tuple[int, ...], dict[str, Any]]:
     return (T * shape.K, shape.E), {}
 
@@ -166,21 +162,21 @@ TUNABLES = (
     _grouped(
         kernel="grouped_gemm plain",
         labels=("plain",),
-        sizes=lambda shape, T: (shape.F, shape.D, _rows(shape, T)),
+        sizes=lambda shape, T: (shape.F, shape.D, shape.E, T * shape.K),
         arguments=_by_rows,
         call=partial(product_call, "plain"),
     ),
     _grouped(
         kernel="grouped_gemm gathered",
         labels=("gathered",),
-        sizes=lambda shape, T: (shape.D, 2 * shape.F, _rows(shape, T)),
+        sizes=lambda shape, T: (shape.D, 2 * shape.F, shape.E, T * shape.K),
         arguments=_by_rows,
         call=partial(product_call, "gathered"),
     ),
     _grouped(
         kernel="grouped_gemm transposed",
         labels=("transposed",),
-        sizes=lambda shape, T: (2 * shape.F, shape.D, _rows(shape, T)),
+        sizes=lambda shape, T: (2 * shape.F, shape.D, shape.E, T * shape.K),
         arguments=_by_rows,
         call=partial(product_call, "transposed"),
     ),
@@ -191,7 +187,7 @@ TUNABLES = (
         choice="choose_launch",
         labels=("gathered", "x"),
         shapes=EXPERTS,
-        sizes=lambda shape, T: (shape.D, 2 * shape.F, _rows(shape, T)),
+        sizes=lambda shape, T: (shape.D, 2 * shape.F, shape.E, T * shape.K),
         arguments=lambda shape, T: ((), {}),
         call=partial(product_call, "weight gradient"),
     ),
@@ -200,7 +196,7 @@ TUNABLES = (
         function="_up_kernel",
         choice="choose_up_launch",
         labels=("gated",),
-        sizes=lambda shape, T: (shape.D, shape.F, _rows(shape, T)),
+        sizes=lambda shape, T: (shape.D, shape.F, shape.E, T * shape.K),
         arguments=lambda shape, T: ((T * shape.K, shape.E), {"gated": True}),
         call=partial(layer_call, "up"),
         unused=("slices",),
@@ -209,7 +205,7 @@ TUNABLES = (
         kernel="expert_ffn dh",
         function="_dh_kernel",
         choice="choose_dh_launch",
-        sizes=lambda shape, T: (shape.D, shape.F, _rows(shape, T)),
+        sizes=lambda shape, T: (shape.D, shape.F, shape.E, T * shape.K),
         arguments=_by_rows,
         call=partial(layer_call, "dh"),
     ),
@@ -217,7 +213,7 @@ TUNABLES = (
         kernel="attention_mix forward",
         function="_mix_kernel",
         choice="choose_forward_launch",
-        sizes=lambda shape, T: (shape.S * shape.A * shape.Q, shape.D, T),
+        sizes=lambda shape, T: (shape.S * shape.A * shape.Q, shape.D, shape.S * shape.A, T),
         arguments=lambda shape, T: ((T, shape.D), {}),
         call=partial(mix_call, "forward"),
     ),
@@ -225,7 +221,7 @@ TUNABLES = (
         kernel="attention_mix input_grad",
         function="_input_grad_kernel",
         choice="choose_launch",
-        sizes=lambda shape, T: (shape.D, shape.Q, T),
+        sizes=lambda shape, T: (shape.D, shape.Q, shape.S * shape.A, T),
         arguments=lambda shape, T: ((T, shape.Q), {}),
         call=partial(mix_call, "input_grad"),
         unused=("swapped",),
@@ -234,7 +230,7 @@ TUNABLES = (
         kernel="attention_mix weight_grad",
         function="_weight_grad_kernel",
         choice="choose_weight_grad_launch",
-        sizes=lambda shape, T: (shape.Q, shape.D, T),
+        sizes=lambda shape, T: (shape.Q, shape.D, shape.S * shape.A, T),
         arguments=lambda shape, T: ((shape.Q, shape.D, shape.S * shape.A), {}),
         call=partial(mix_call, "weight_grad"),
         unused=("swapped",),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import interpreted, needs_interpreter
 
 from benchmarks import tunables, tune
 
@@ -133,18 +134,43 @@ def test_what_is_timed_runs_and_goes_through_the_launch_choice(tunable):
     assert any(one.options.num_warps == first.options.num_warps and "cuda90" in one.families for one in made)
 
 
+@needs_interpreter
+@pytest.mark.parametrize("tunable", tunables.TUNABLES, ids=NAMES)
+def test_a_launcher_looks_up_what_was_measured(tunable, monkeypatch):
+    class LookedUpError(Exception):
+        pass
+
+    def choose(*sizes, case, **keywords):
+        raise LookedUpError(case)
+
+    shape = tunable.shapes["tiny"]
+    call = tunable.call(shape, 24)
+    monkeypatch.setattr(tunable.module(), tunable.choice, choose)
+    with interpreted(), pytest.raises(LookedUpError) as looked_up:
+        call()
+    assert looked_up.value.args == (tuned.Case(tunable.kernel, *tunable.sizes(shape, 24)),)
+
+
 def test_each_key_is_searched_once():
     plan = tune.Plan(
-        ("grouped_gemm plain",), (("qwen3-30b-a3b", 1), ("qwen3-30b-a3b", 8), ("olmoe-1b-7b", 8192))
+        ("grouped_gemm plain",), (("qwen3-30b-a3b", 15), ("qwen3-30b-a3b", 16), ("olmoe-1b-7b", 8192))
     )
     keys = [key for *_, key in plan.points("cuda90")]
-    assert keys == [("cuda90", 2, 1024, 2048, 1), ("cuda90", 2, 1024, 2048, 1024)]
+    assert keys == [("cuda90", 2, 768, 2048, 128, 128), ("cuda90", 2, 1024, 2048, 64, 65536)]
+
+
+@pytest.mark.parametrize("tunable", tunables.TUNABLES, ids=NAMES)
+def test_every_number_of_tokens_and_every_model_has_a_key_of_its_own(tunable):
+    """One token and sixteen, widths 768 and 1024, mixtures with and without shared keys and values."""
+    cases = [(model, tokens) for model in tune.MODELS for tokens in tune.TOKENS]
+    found = [(tokens, key) for *_, tokens, key in tune.Plan((tunable.kernel,), tuple(cases)).points("cuda90")]
+    assert sorted(tokens for tokens, _ in found) == sorted([*tune.TOKENS, *tune.TOKENS])
 
 
 @pytest.mark.parametrize(("size", "rounded"), [(1, 1), (2, 2), (3, 4), (512, 512), (513, 1024)])
-def test_keys_hold_powers_of_two_rounded_up(size, rounded):
-    case = tuned.Case("grouped_gemm plain", size, 2048, size)
-    assert tuned.make_key("hip", 2, case) == ("hip", 2, rounded, 2048, rounded)
+def test_keys_hold_rows_as_a_power_of_two_and_the_rest_exactly(size, rounded):
+    case = tuned.Case("grouped_gemm plain", size, 2048, 3, size)
+    assert tuned.make_key("hip", 2, case) == ("hip", 2, size, 2048, 3, rounded)
 
 
 def test_the_gate_is_asked_once_about_each_launch_and_ships_the_closed_form(monkeypatch):
@@ -168,10 +194,10 @@ def test_the_gate_is_asked_once_about_each_launch_and_ships_the_closed_form(monk
     assert len(asked) == 5
 
 
-KEY = tuned.Key("cuda90", 2, 1024, 2048, 512)
+KEY = tuned.Key("cuda90", 2, 768, 2048, 128, 512)
 
 
-CASE = tuned.Case("grouped_gemm plain", 768, 2048, 512)
+CASE = tuned.Case("grouped_gemm plain", 768, 2048, 128, 500)
 
 
 def test_the_table_is_looked_up_by_kernel_and_key(monkeypatch):
@@ -196,6 +222,8 @@ def test_a_measured_launch_comes_before_the_closed_form(monkeypatch):
         {"family": "cuda80"},
         {"case": None},
         {"case": CASE._replace(rows=4096)},
+        {"case": CASE._replace(groups=64)},
+        {"case": CASE._replace(inner=1024)},
         {"case": CASE._replace(kernel="grouped_gemm gathered")},
     ):
         assert choose(2, 8, **{**for_it, **other}) == closed[0], other

@@ -308,7 +308,7 @@ def launch_attention_mix(o: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
     if y.numel() == 0:
         return y
     aligned = _aligned(o, weight, gate)
-    case = Case("attention_mix forward", S * A * Q, D, T)
+    case = Case("attention_mix forward", S * A * Q, D, S * A, T)
     launch = choose_forward_launch(
         o.itemsize, T, D, aligned=aligned, family=device_family(o.device), case=case
     )
@@ -350,7 +350,7 @@ def _launch_input_grad(
 ) -> None:
     (T, S, A, Q), D = o.shape, weight.shape[0]
     aligned = _aligned(o, weight, gate, grad, do)
-    case = Case("attention_mix input_grad", D, Q, T)
+    case = Case("attention_mix input_grad", D, Q, S * A, T)
     launch = choose_launch(o.itemsize, T, Q, aligned=aligned, family=device_family(o.device), case=case)
     blocks_per_slot = triton.cdiv(Q, launch.block_n)
     num_blocks = S * A * blocks_per_slot
@@ -388,7 +388,7 @@ def _launch_input_grad(
 def _launch_weight_grad(grad: Tensor, o: Tensor, gate: Tensor, dweight: Tensor) -> None:
     (T, S, A, Q), D = o.shape, dweight.shape[0]
     aligned = _aligned(o, dweight, gate, grad)
-    case = Case("attention_mix weight_grad", Q, D, T)
+    case = Case("attention_mix weight_grad", Q, D, S * A, T)
     launch = choose_weight_grad_launch(
         o.itemsize, Q, D, S * A, aligned=aligned, family=device_family(o.device), case=case
     )

@@ -527,7 +527,7 @@ def _launch_up(
         return
     family, aligned = device_family(x.device), aligned_to_16((D, F), x, gate_up) and describable(gate_up)
     gated = G == 2 * F
-    case = Case("expert_ffn up gated" if gated else "expert_ffn up", D, F, triton.cdiv(N, E))
+    case = Case("expert_ffn up gated" if gated else "expert_ffn up", D, F, E, N)
     launch = choose_up_launch(x.itemsize, N, E, gated=gated, aligned=aligned, family=family, case=case)
     gate_up_desc = None
     if launch.tma:
@@ -602,7 +602,7 @@ def launch_expert_ffn_backward(
             _launch_up(x, gate_up, gate_up_bias, token, offset, tile_end, F, activation, h, None)
 
     family, aligned = device_family(x.device), aligned_to_16((D, F), grad, down, h) and describable(down)
-    case = Case("expert_ffn dh", D, F, triton.cdiv(N, E))
+    case = Case("expert_ffn dh", D, F, E, N)
     launch = choose_dh_launch(x.itemsize, N, E, aligned=aligned, family=family, case=case)
     num_blocks = triton.cdiv(F, launch.block_f)
     dh = x.new_empty(N, G) if needs_x or needs_gate_up or needs_gate_up_bias else None

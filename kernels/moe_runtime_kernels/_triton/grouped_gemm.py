@@ -206,7 +206,7 @@ def grouped_product(
         return y
     aligned = aligned_to_16((I, O), x, weight) and describable(weight)
     kind = "transposed" if transposed else "plain" if token is None else "gathered"
-    case = Case(f"grouped_gemm {kind}", I, O, triton.cdiv(N, E))
+    case = Case(f"grouped_gemm {kind}", I, O, E, N)
     launch = choose_launch(x.itemsize, N, E, aligned=aligned, family=device_family(x.device), case=case)
     # one more group than experts: the rows left over
     num_tiles = tile_bound(N, E + 1, launch.block_m)

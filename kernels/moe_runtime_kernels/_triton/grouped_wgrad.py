@@ -197,7 +197,7 @@ def grouped_weight_grad(
         return dweight
     aligned = aligned_to_16((I, O), grad, x, out)
     add, family = main_grad is not None, device_family(x.device)
-    case = Case(MEASURED, I, O, triton.cdiv(grad.shape[0], E)) if x_token is not None and not add else None
+    case = Case(MEASURED, I, O, E, grad.shape[0]) if x_token is not None and not add else None
     launch = choose_launch(x.itemsize, aligned=aligned, family=family, add=add, case=case)
     blocks = triton.cdiv(O, launch.block_o) * triton.cdiv(I, launch.block_i)
     _weight_grad_kernel[(E * blocks,)](

@@ -1,9 +1,12 @@
 """Measured launches, which the launch choices look up before they choose by sizes.
 
 The table at the end is written by `python -m benchmarks tune` on a GPU, never by hand. A launch was measured
-for one product of one size and is taken for all whose widths and rows per expert are the same powers of two,
-rounded up. What is not in the table is chosen by the closed form beside the lookup; there is no search in a
-call and no environment variable.
+for one product of one size. It is taken for every product of the same widths and the same number of groups
+with as many rows, rounded up to a power of two. Widths and groups are exact: they are a model's, so there are
+few, and how many tiles do not divide evenly depends on them. Rows are counted over all groups: with 128
+experts and eight choices of each token, one token and sixteen both give an expert one row on average, rounded
+up, but eight experts have rows or about eighty. What is not in the table is chosen by the closed form beside
+the lookup; there is no search in a call and no environment variable.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,21 +22,23 @@ Fields = dict[str, int | bool]
 
 
 class Case(NamedTuple):
-    """A product that a kernel is launched for; rows of an expert on average, if there are experts."""
+    """A product that a kernel is launched for: `groups` products of these widths, with `rows` rows in all."""
 
     kernel: str
     inner: int
     outer: int
+    groups: int
     rows: int
 
 
 class Key(NamedTuple):
-    """What a launch was measured for; `inner`, `outer` and `rows` are powers of two, rounded up."""
+    """What a launch was measured for; `rows` is a power of two, rounded up, the rest is exact."""
 
     family: str  # of `launch.FAMILIES`
     itemsize: int
     inner: int
     outer: int
+    groups: int
     rows: int
 
 
@@ -43,7 +48,7 @@ def round_up(size: int) -> int:
 
 
 def make_key(family: str, itemsize: int, case: Case) -> Key:
-    return Key(family, itemsize, *map(round_up, case[1:]))
+    return Key(family, itemsize, case.inner, case.outer, case.groups, round_up(case.rows))
 
 
 def tuned(kernel: str, key: Key) -> Fields | None:
