@@ -84,13 +84,19 @@ def plan_memory(  # noqa: PLR0913 - a layer's sizes and the options that change 
         main_grad: both weights' gradients are added to float32 main gradients.
 
     Raises:
-        ValueError: a size is too small, the dtype has no kernel, or an option has no effect.
+        ValueError: a size is not allowed, the dtype has no kernel, or an option has no effect.
     """
     for name, size, least in (("T", T, 0), ("D", D, 1), ("F", F, 1), ("E", E, 1), ("K", K, 1)):
+        if not isinstance(size, int):
+            raise ValueError(f"plan_memory: {name} must be an int, got {size!r}")
         if size < least:
             raise ValueError(f"plan_memory: {name} must be at least {least}, got {size}")
     if E > MAX_EXPERTS:
         raise ValueError(f"plan_memory: E must be at most {MAX_EXPERTS}, got {E}")
+    if K > E:
+        raise ValueError(f"plan_memory: K must be at most E, {E}, got {K}")
+    if T * K >= 2**31:
+        raise ValueError(f"plan_memory: T * K must be less than 2**31, got {T * K}")
     check_choice("plan_memory", "dtype", str(dtype).removeprefix("torch."), tuple(_DTYPES))
     _check_options(training, recompute, frozen_experts, main_grad)
     size, N, G = dtype.itemsize, T * K, 2 * F if gated else F
