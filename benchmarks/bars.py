@@ -1,6 +1,6 @@
-"""What the kernels are held to on one H100 in bfloat16, and what the newest results of a GPU say.
+"""What the kernels are held to on one H100 in bfloat16, and what the newest results of an H100 say.
 
-A bar whose numbers do not exist is "not yet measured on a GPU"; nothing is estimated. Backward is the
+A bar whose numbers do not exist is "not measured on an H100"; nothing is estimated. Backward is the
 difference of two medians, of forward with backward and of forward.
 """
 
@@ -45,7 +45,7 @@ class Bar:
 def find(suites: Suites, suite: str, **case: Any) -> Rows:
     """Rows of a suite whose case has these values; at least one."""
     if suite not in suites:
-        raise NotMeasuredError("not yet measured on a GPU")
+        raise NotMeasuredError("not measured on an H100")
     rows = [row for row in suites[suite] if all(row["case"].get(name) == case[name] for name in case)]
     if not rows:
         raise NotMeasuredError("the result has no such case")

@@ -1,4 +1,4 @@
-"""Tables of README and docs/performance.md, made from the newest result file of each suite."""
+"""Tables of README and docs/performance.md from the newest results, a GPU's before a CPU's."""
 
 import json
 from collections.abc import Iterable
@@ -11,22 +11,22 @@ BEGIN = "<!-- measured: written by `python -m benchmarks report` -->"
 END = "<!-- end of measured -->"
 
 
-def newest_results(folder: Path, kind: str | None = None) -> dict[str, Path]:
+def newest_results(folder: Path, device: str = "") -> dict[str, Path]:
     """Suite -> its newest file, `<device>/<date>_<commit>_<suite>.json`, by the time inside.
 
-    Of all devices, or of one `kind`, "cpu" or "gpu".
+    A GPU's, however old, comes before a CPU's. With `device`, only of a GPU that has this word in its name.
     """
-    newest: dict[str, tuple[str, Path]] = {}
+    newest: dict[str, tuple[bool, str, Path]] = {}
     for path in folder.glob("*/*.json"):
         if path.parent.name == "aot":  # compiled, not measured
             continue
         suite = path.stem.split("_", 2)[2]
         machine = json.loads(path.read_text(encoding="utf-8"))["machine"]
-        if kind is not None and machine["kind"] != kind:
+        on_gpu = machine["kind"] == "gpu"
+        if device and not (on_gpu and device in machine["device"].split()):
             continue
-        if suite not in newest or machine["time"] > newest[suite][0]:
-            newest[suite] = (machine["time"], path)
-    return {suite: path for suite, (_, path) in sorted(newest.items())}
+        newest[suite] = max(newest.get(suite, (False, "", path)), (on_gpu, machine["time"], path))
+    return {suite: path for suite, (*_, path) in sorted(newest.items())}
 
 
 def newest_compiled(folder: Path) -> Path | None:
@@ -61,7 +61,7 @@ def render_pages(root: Path) -> dict[Path, str]:
     ]
     if not any(content["machine"]["kind"] == "gpu" for content in sections.values()):
         parts.append("Everything here is CPU time. Nothing has been measured on a GPU yet.")
-    parts += _bars_section(newest_results(root / "benchmarks" / "results", "gpu"), root)
+    parts += _bars_section(newest_results(root / "benchmarks" / "results", "H100"), root)
     for suite, content in sections.items():
         parts += _SECTIONS[suite](content, files[suite], root)
     compiled = newest_compiled(root / "benchmarks" / "results")
@@ -300,7 +300,7 @@ _BY = {"graph": "from a graph", "call": "with the host's part"}
 
 
 def _bars_section(files: dict[str, Path], root: Path) -> list[str]:
-    """What the kernels are held to, whatever has been measured."""
+    """What the kernels are held to, whatever has been measured; `files` are an H100's."""
     contents = {suite: json.loads(path.read_text(encoding="utf-8")) for suite, path in files.items()}
     rows = {suite: content["rows"] for suite, content in contents.items() if "rows" in content}
     parts = [

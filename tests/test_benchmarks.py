@@ -320,7 +320,7 @@ def test_every_bar_holds_at_its_limit_and_no_bar_holds_beyond_it():
 
 
 def test_bars_without_numbers_say_why():
-    assert {bar.line({})[2] for bar in BARS} == {"not yet measured on a GPU"}
+    assert {bar.line({})[2] for bar in BARS} == {"not measured on an H100"}
     suites = gpu_suites()
     first, *others = suites["expert_ffn"]
     del first["timings"]["liger"]  # one case is enough to say what the others give
@@ -338,16 +338,64 @@ def test_one_round_has_no_spread():
         time_alternately({"a": lambda: None}, rounds=1)
 
 
+def write_result(root, folder, suite, *, device, kind="gpu", hour=9, **content):
+    """A result file where the benchmarks would write it."""
+    machine = {"kind": kind, "device": device, "threads": 1, "versions": {}, "commit": "a" * 40}
+    content["machine"] = {**machine, "dirty": False, "time": f"2026-01-02T{hour:02}:00"}
+    path = root / "benchmarks" / "results" / folder / f"2026-01-02_aaaaaaa_{suite}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
 def test_the_newest_result_of_a_suite_is_shown_wherever_it_lies(tmp_path):
-    paths = [tmp_path / folder / "2026-01-02_aaaaaaa_moe_layer.json" for folder in ("cpu", "gpu", "other")]
-    for newest in paths:  # each in turn, whatever the order of the folder
-        for path in paths:
-            path.parent.mkdir(exist_ok=True)
-            hour = 10 if path == newest else 9
-            kind = "gpu" if path.parent.name == "gpu" else "cpu"
-            path.write_text(json.dumps({"machine": {"time": f"2026-01-02T{hour:02}:00", "kind": kind}}))
-        assert newest_results(tmp_path) == {"moe_layer": newest}
-        assert newest_results(tmp_path, "gpu") == {"moe_layer": paths[1]}
+    for newest in ("a", "b", "c"):  # each in turn, whatever the order of the folder
+        paths = {
+            folder: write_result(
+                tmp_path, folder, "moe_layer", device="X", kind="cpu", hour=10 if folder == newest else 9
+            )
+            for folder in ("a", "b", "c")
+        }
+        assert newest_results(tmp_path / "benchmarks" / "results") == {"moe_layer": paths[newest]}
+
+
+def test_a_gpus_result_is_shown_before_a_newer_one_of_a_cpu(tmp_path):
+    folder = tmp_path / "benchmarks" / "results"
+    on_cpu = [
+        write_result(tmp_path, "a-cpu", suite, device="X", kind="cpu", hour=12)
+        for suite in ("plan", "linear")
+    ]
+    old = write_result(tmp_path, "h100", "plan", device="NVIDIA H100 80GB HBM3", hour=8)
+    new = write_result(tmp_path, "a100", "plan", device="NVIDIA A100-SXM4-80GB", hour=9)
+    write_result(tmp_path, "gh200", "route", device="NVIDIA GH200 480GB", hour=9)
+    shown = newest_results(folder)
+    assert (shown["plan"], shown["linear"]) == (new, on_cpu[1])
+    assert newest_results(folder, "H100") == {"plan": old}
+
+
+def test_bars_are_of_an_h100_and_other_gpus_are_measured_nonetheless(tmp_path):
+    (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}")
+    timing = {"median_s": 4e-6, "q1_s": 4e-6, "q3_s": 4e-6}
+    row = {
+        "case": {"model": "qwen3-30b-a3b", "tokens": 64},
+        "timings": {"moe_runtime": timing},
+        "bytes_per_s": {"moe_runtime": 2e12},
+        "copy_share": {"moe_runtime": 0.8},
+        "ratio_to": "moe_runtime",
+        "not_timed": {},
+    }
+
+    def page():
+        return render_pages(tmp_path)[tmp_path / "docs" / "performance.md"]
+
+    write_result(tmp_path, "cpu", "route", device="X", kind="cpu", hour=12, rows=[row])
+    assert "Nothing has been measured on a GPU yet." in page()
+    write_result(tmp_path, "a100", "route", device="NVIDIA A100-SXM4-80GB", rows=[row])
+    assert "Nothing has been measured on a GPU yet." not in page()
+    assert "GPU time on NVIDIA A100-SXM4-80GB" in page()
+    assert "| `route_topk`, 512 tokens or fewer | at most 5.0 µs | not measured on an H100 |  |" in page()
+    write_result(tmp_path, "h100", "route", device="NVIDIA H100 80GB HBM3", hour=8, rows=[row])
+    assert "| `route_topk`, 512 tokens or fewer | at most 5.0 µs | 4.0 µs | yes |" in page()
 
 
 def test_compiled_kernels_are_listed_with_the_worst_of_their_configurations(tmp_path):
@@ -409,7 +457,14 @@ def test_products_are_shown_with_their_floor_errors_and_peers(tmp_path):
         "copy_bytes_per_s": 3e12,
         "product_flops_per_s": 7.98e14,
     }
-    machine = {"kind": "gpu", "device": "G", "threads": 1, "versions": {}, "commit": "a" * 40, "dirty": False}
+    machine = {
+        "kind": "gpu",
+        "device": "NVIDIA H100 80GB HBM3",
+        "threads": 1,
+        "versions": {},
+        "commit": "a" * 40,
+        "dirty": False,
+    }
     path = tmp_path / "benchmarks" / "results" / "g" / "2026-01-02_aaaaaaa_expert_ffn.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"machine": {**machine, "time": "2026-01-02T09:00"}, "rows": [row]}))
@@ -422,7 +477,7 @@ def test_products_are_shown_with_their_floor_errors_and_peers(tmp_path):
     assert "- sonicmoe: sonic-moe is not installed" in page
     assert "Replayed from CUDA graphs unless said.\n" in page
     assert "a copy moves 3,000 GB/s, a large bfloat16 product makes 798.00 TFLOP/s" in page
-    assert "| `route_topk`, 512 tokens or fewer | at most 5.0 µs | not yet measured on a GPU |  |" in page
+    assert "| `route_topk`, 512 tokens or fewer | at most 5.0 µs | not measured on an H100 |  |" in page
     assert (
         "| `expert_ffn`, forward, 8,192 tokens | at least 450 TFLOP/s | the result has no such case |  |"
         in page
