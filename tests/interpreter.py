@@ -3,7 +3,7 @@
 import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 
 import pytest
@@ -13,6 +13,12 @@ from moe_runtime_kernels._dispatch import KERNELS, load_launcher
 needs_interpreter = pytest.mark.skipif(
     find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
     reason="needs Triton and TRITON_INTERPRET=1",
+)
+
+needs_kernels = pytest.mark.skipif(
+    find_spec("triton") is None
+    or (os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available()),
+    reason="needs Triton and a GPU or TRITON_INTERPRET=1",
 )
 
 # bfloat16 products are silently wrong in the interpreter; the kernels' own bfloat16 loads are exact there
@@ -29,6 +35,11 @@ def interpreted(*names: str) -> Iterator[None]:
         yield
     finally:
         library._destroy()
+
+
+def as_kernels(*names: str) -> AbstractContextManager[None]:
+    """Inside, the named operations are their kernels: on a GPU as always, without one in the interpreter."""
+    return nullcontext() if torch.cuda.is_available() else interpreted(*names)
 
 
 @pytest.fixture

@@ -10,16 +10,33 @@ SHAPES = [
     pytest.param(33, 2, 4, 6, 17, id="shared-keys-and-values"),
     pytest.param(20, 1, 1, 8, 8, id="one-expert"),
 ]
+# whole numbers of 16 elements, which no tile and no step divides; few tokens have tiles of their own
+ALIGNED_SHAPES = [
+    pytest.param(12, 1, 6, 144, 80, id="few-tokens"),
+    pytest.param(31, 2, 3, 16, 48, id="narrow"),
+    pytest.param(150, 2, 3, 144, 80, id="many-tokens"),
+    pytest.param(150, 1, 4, 48, 144, id="wide"),
+]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "S", "A", "Q", "D"), SHAPES)
-def test_attention_mix_matches_the_definition(T, S, A, Q, D, dtype):
+def assert_mix_matches(T, S, A, Q, D, dtype):
     def make(draw):
         return make_inputs(T, S, A, Q, D, dtype, draw), normal(T, D, dtype=dtype, seed=300 + draw)
 
     assert_matches(mix, mix_by_hand, make, T * A)
     assert_same_bits(mix, *make(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "S", "A", "Q", "D"), SHAPES)
+def test_attention_mix_matches_the_definition(T, S, A, Q, D, dtype):
+    assert_mix_matches(T, S, A, Q, D, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(("T", "S", "A", "Q", "D"), ALIGNED_SHAPES)
+def test_aligned_rows_in_16_bits(T, S, A, Q, D, dtype):
+    assert_mix_matches(T, S, A, Q, D, dtype)
 
 
 def test_a_one_hot_gate_is_that_expert_alone():
