@@ -105,9 +105,8 @@ class MixtureOfAttention(nn.Module):
         x_TD = x_BLD.flatten(0, 1)
         assert self.router is not None
         weight_TK, expert_TK = self.router(x_TD)
-        plan = make_plan(expert_TK, A)
-        # rows in expert order -> the rows of a token next to each other
-        query_TKQ = scatter_rows(self.q_proj(x_TD, plan), _choices(plan)).view(B * L, K, Q)
+        plan = None if _few(x_TD) else make_plan(expert_TK, A)
+        query_TKQ = self.q_proj(x_TD, expert_TK, plan)
         if own:
             query = self._heads(_Spread.apply(query_TKQ, expert_TK, A).view(B, L, A * Q), self.q_norm, rotary)
         else:
@@ -122,10 +121,10 @@ class MixtureOfAttention(nn.Module):
         attended, _ = self.attend(query, key, value, **attend_arguments)
         del query, key, value
         if own:
-            o_NQ = _Pick.apply(attended.reshape(B * L, A, Q), expert_TK).view(B * L * K, Q)
+            o_TKQ = _Pick.apply(attended.reshape(B * L, A, Q), expert_TK)
         else:
-            o_NQ = attended.reshape(B * L, S, K, Q // S).transpose(1, 2).reshape(B * L * K, Q)
-        return self.o_proj(o_NQ, weight_TK, plan).view(x_BLD.shape)
+            o_TKQ = attended.reshape(B * L, S, K, Q // S).transpose(1, 2).reshape(B * L, K, Q)
+        return self.o_proj(o_TKQ, weight_TK, expert_TK, plan).view(x_BLD.shape)
 
     def _heads_of(self, expert_TK: Tensor) -> Tensor:
         """Which of all heads, [kv head][expert][head in group], those of a token's experts are, in the order
@@ -171,11 +170,24 @@ class MixtureProjection(nn.Module):
         nn.init.normal_(self.weight, std=INITIAL_STD)
 
     def forward(self, o_TSAQ: Tensor, gate_TA: Tensor) -> Tensor:
-        y_TD = attention_mix(o_TSAQ, gate_TA, self.weight)
-        return y_TD if self.bias is None else y_TD + (gate_TA @ self.bias.to(gate_TA.dtype)).to(y_TD.dtype)
+        return _add_biases(attention_mix(o_TSAQ, gate_TA, self.weight), gate_TA, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, bias={self.bias is not None}"
+
+
+def _add_biases(y_TD: Tensor, gate_TA: Tensor, bias_AD: Tensor | None) -> Tensor:
+    return y_TD if bias_AD is None else y_TD + (gate_TA @ bias_AD.to(gate_TA.dtype)).to(y_TD.dtype)
+
+
+# Up to so many tokens the weights decide, not the products: reading those of all experts once costs less than
+# reading, writing and reading them again in expert order.
+FEW_TOKENS = 16
+
+
+def _few(x_TD: Tensor) -> bool:
+    """Whether all experts are computed for want of tokens; never in a graph for any number of them."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and len(x_TD) <= FEW_TOKENS
 
 
 class RoutedQueryProjection(nn.Module):
@@ -184,7 +196,7 @@ class RoutedQueryProjection(nn.Module):
 
     With S = `slots` above 1 (shared keys and values) the rows of an expert are not neighbours, and each
     forward copies the weight into expert order: one pass over all of it, kept for backward. With S = 1 it is
-    a view.
+    a view. A few tokens without a gradient pass all experts instead, which reads the weight once.
     """
 
     def __init__(
@@ -199,13 +211,19 @@ class RoutedQueryProjection(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=INITIAL_STD)
 
-    def forward(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
-        """query_NQ in expert order, Q = H·P."""
+    def forward(self, x_TD: Tensor, expert_TK: Tensor, plan: RoutingPlan | None) -> Tensor:
+        """query_TKQ of the chosen experts, Q = H·P. Without a plan all experts are computed."""
+        (T, K), Q = expert_TK.shape, self.by_expert[0] * self.by_expert[2]
+        if plan is None:
+            query_TAQ = F.linear(x_TD, self.weight, self.bias).unflatten(1, self.by_expert).transpose(1, 2)
+            return _Pick.apply(query_TAQ.reshape(T, self.by_expert[1], Q), expert_TK)
         weight_AQD = self.weight.unflatten(0, self.by_expert).transpose(0, 1).flatten(1, 2)
         bias_AQ = None
         if self.bias is not None:
             bias_AQ = self.bias.unflatten(0, self.by_expert).transpose(0, 1).flatten(1)
-        return gathered_grouped_gemm(x_TD, weight_AQD, plan, bias_AQ)
+        query_NQ = gathered_grouped_gemm(x_TD, weight_AQD, plan, bias_AQ)
+        # rows in expert order -> the rows of a token next to each other
+        return scatter_rows(query_NQ, _choices(plan)).view(T, K, Q)
 
     def extra_repr(self) -> str:
         O, D = self.weight.shape
@@ -218,7 +236,8 @@ class RoutedMixtureProjection(nn.Module):
 
     Each expert has a bias row of its own, `bias [A, D]`, scaled by its gate like the rest of its output.
     FLOPs are 2·T·K·D·H·P, K/A of MixtureProjection's. The columns of an expert lie apart in every row, so
-    that each forward copies the weight to [A, D, H·P]: one pass over all of it, kept for backward.
+    that each forward copies the weight to [A, D, H·P]: one pass over all of it, kept for backward. A few
+    tokens without a gradient go through MixtureProjection's product, with gates of zero.
     """
 
     def __init__(
@@ -233,10 +252,17 @@ class RoutedMixtureProjection(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=INITIAL_STD)
 
-    def forward(self, o_NQ: Tensor, weight_TK: Tensor, plan: RoutingPlan) -> Tensor:
-        """y_TD. The rows of o are in the order of (token, choice), Q = H·P."""
+    def forward(
+        self, o_TKQ: Tensor, weight_TK: Tensor, expert_TK: Tensor, plan: RoutingPlan | None
+    ) -> Tensor:
+        """y_TD of the chosen experts' heads, Q = H·P. Without a plan all experts are computed."""
+        if plan is None:
+            S, A, _ = self.by_expert
+            o_TSAQ = _Spread.apply(o_TKQ, expert_TK, A).unflatten(2, (S, -1)).transpose(1, 2)
+            gate_TA = weight_TK.new_zeros(len(weight_TK), A).scatter(1, expert_TK.long(), weight_TK)
+            return _add_biases(attention_mix(o_TSAQ, gate_TA, self.weight), gate_TA, self.bias)
         weight_ADQ = self.weight.unflatten(1, self.by_expert).permute(2, 0, 1, 3).flatten(2)
-        y_ND = gathered_grouped_gemm(o_NQ, weight_ADQ, _choices(plan), self.bias)
+        y_ND = gathered_grouped_gemm(o_TKQ.flatten(0, 1), weight_ADQ, _choices(plan), self.bias)
         return combine(y_ND, weight_TK, plan)
 
     def extra_repr(self) -> str:

@@ -7,9 +7,11 @@ import torch
 from attention_layers import EVERYTHING, KV_VARIANTS, A, B, D, H, L, P, by_head, gates, mixture, query_heads
 from inputs import assert_compiles_once, assert_matches
 from interpreter import interpreted, needs_interpreter
+from moe_runtime_kernels import make_plan
 from tiny_models import assert_equal_up_to_rounding, assert_same_function, outcome, randn
 from torch import Tensor, nn
 
+from moe_runtime import attention
 from moe_runtime.attention import MixtureOfAttention, MixtureProjection, rotary_tables
 from moe_runtime.config import AttentionConfig
 from moe_runtime.linear import Linear
@@ -64,6 +66,21 @@ def chosen_experts(layer: MixtureOfAttention, x_BLD: Tensor, width: int = P) -> 
 @pytest.mark.parametrize(("kv", "heads"), KV_VARIANTS)
 def test_equals_all_experts_with_gates_of_zero(kv, heads, options):
     assert_same_function(chosen_experts, all_experts, mixture(kv, heads, **options), randn(B, L, D))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("kv", "heads"), KV_VARIANTS)
+def test_a_few_tokens_without_a_gradient_pass_all_experts(kv, heads, options, monkeypatch):
+    layer, x_BLD = mixture(kv, heads, **options), randn(1, L, D)
+    expected = all_experts(layer, x_BLD)
+    planned = []
+    monkeypatch.setattr(attention, "make_plan", lambda *inputs: planned.append(inputs) or make_plan(*inputs))
+    with torch.no_grad():
+        assert_equal_up_to_rounding("y", chosen_experts(layer, x_BLD), expected)
+        assert not planned
+        monkeypatch.setattr(attention, "FEW_TOKENS", L - 1)
+        assert_equal_up_to_rounding("y", chosen_experts(layer, x_BLD), expected)
+        assert planned
 
 
 @pytest.mark.parametrize("width", ROTATED.values(), ids=ROTATED)
