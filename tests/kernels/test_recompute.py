@@ -4,7 +4,7 @@ import pytest
 import torch
 from expert_layers import NAMES, D, F, make_inputs
 from inputs import DTYPES, PATTERNS, SMALL, Routing, assert_compiles_once, choose, normal, run
-from interpreter import interpreted, needs_interpreter
+from interpreter import as_kernels, interpreted, needs_interpreter, needs_kernels
 from moe_runtime_kernels import expert_ffn, make_plan
 from moe_runtime_kernels.flop_formulas import register_flop_formulas
 from moe_runtime_kernels.plan import TILE_HEIGHTS
@@ -58,7 +58,7 @@ def test_no_bit_of_output_and_gradients_changes(routing, dtype, optional):
     assert_no_bit_changes(routing, dtype, optional=optional)
 
 
-@needs_interpreter
+@needs_kernels
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize(("D", "F"), [(80, 48), (17, 40)], ids=["aligned", "odd"])
@@ -66,7 +66,7 @@ def test_no_bit_of_output_and_gradients_changes(routing, dtype, optional):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_no_bit_changes_in_the_kernels(dtype, T, D, F, gated):
     """h comes a second time from the kernel, the tile and the order of sums that made it first."""
-    with interpreted("expert_ffn", "expert_ffn_backward"):
+    with as_kernels("expert_ffn", "expert_ffn_backward"):
         routing = ROUTING._replace(T=T)
         assert_no_bit_changes(routing, dtype, "gelu", optional=NAMES[4:], D=D, F=F, gated=gated)
 
