@@ -369,7 +369,9 @@ def _tuned_section(content: dict[str, Any], path: Path, root: Path) -> list[str]
         "Launches by `python -m benchmarks tune`, by family of the device, bytes of an element, inner width, "
         "outer width, groups and rows in all. Replayed from CUDA graphs, in turns; medians."
     )
-    return ["## Tuned launches", explained, table, _origin(content, path, root)]
+    refused = [f"- {row['kernel']}: {one['why']}" for row in content["rows"] for one in row["refused"]]
+    wrong = ["Refused, because their results are not the closed form's:", "\n".join(refused)]
+    return ["## Tuned launches", explained, table, *(wrong if refused else []), _origin(content, path, root)]
 
 
 _FLOOR = (

@@ -112,7 +112,7 @@ def product_call(kind: str, shape: ExpertShape, T: int) -> Call:
 
 
 def layer_call(kind: str, shape: ExpertShape, T: int) -> Call:
-    """A layer's forward with h kept, for "up"; the cheapest backward in which "dh" has most to write."""
+    """A layer's forward with h kept, for "up"; the cheapest backward in which "dh" has all to write."""
     layer = make_layer(T, shape.D, shape.F, shape.E, shape.K, DEVICE)
     plan = make_plan(layer.expert_TK, shape.E)
     values: dict[str, Any] = {
@@ -127,8 +127,9 @@ def layer_call(kind: str, shape: ExpertShape, T: int) -> Call:
     }
     if kind == "up":
         return operation("expert_ffn", **values, keep_h=True)
-    # dh for a bias' gradient, and the gates'; weights' gradients would take most of the time
-    needs = [False, False, False, True, False, True]
+    # dh for a bias' gradient, the weighted activations for the down-projection's, and the gates'. The
+    # down-projection's gradient, a product of the same size, takes the same time whatever the launch
+    needs = [False, False, True, True, False, True]
     h = _normal(T * shape.K, 2 * shape.F)
     return operation("expert_ffn_backward", **values, grad_out=layer.grad_TD, h=h, needs=needs)
 

@@ -2,9 +2,10 @@
 
 For each kernel, shape and number of tokens: the closed form's choice and what differs from it in at most two
 fields; those that the ahead-of-time gate refuses (spills, shared memory, 32-bit addresses) are never timed.
-The rest are timed in turns, the best of them again. An entry is written where the winner is faster than the
-closed form by more than WORTH_IT; entries for other keys stay. The result file names device, versions,
-commit and every time. Without a GPU it says so and does nothing; `--dry-run` searches with made-up times and
+The rest are timed in turns, the best of them again; one whose results are not those of the closed form's
+choice is refused, whatever its time. An entry is written where the winner is faster than the closed form by
+more than WORTH_IT; entries for other keys stay. The result file names device, versions, commit, every time
+and what was refused. Without a GPU it says so and does nothing; `--dry-run` searches with made-up times and
 writes no table.
 """
 
@@ -21,10 +22,13 @@ from functools import partial
 from itertools import combinations, product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.shapes import EXPERTS, MIXES
 from benchmarks.tunables import TUNABLES, Shape, Tunable, chosen
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 TABLE_FILE = HERE.parent / "kernels" / "moe_runtime_kernels" / "_triton" / "tuned.py"
@@ -107,28 +111,87 @@ def refusals(kernel: str, launch: Any, family: str) -> list[str]:
 
 # so many launches, so many rounds -> seconds of each
 Timer = Callable[[Sequence[Any], int], list[float]]
+# the closed form's launch, another one -> how its results differ from the first one's, "" if they do not
+Check = Callable[[Any, Any], str]
 
 
 @dataclass(frozen=True)
 class Found:
-    """The fastest launch, its seconds and those of the closed form's choice, measured in the same turns."""
+    """The fastest launch, its seconds and those of the closed form's choice, measured in the same turns.
+
+    `refused` are the launches that seemed fast and were wrong, and how their results differ.
+    """
 
     launch: Any
     seconds: float
     closed_form_s: float
+    refused: tuple[tuple[Any, str], ...] = ()
 
     def worth_it(self) -> bool:
         return self.closed_form_s > WORTH_IT * self.seconds
 
 
-def search(launches: Sequence[Any], timer: Timer) -> Found:
-    """All launches in a few rounds, then the best and the first one, the closed form's, in many."""
+def search(launches: Sequence[Any], timer: Timer, check: Check) -> Found:
+    """All launches in a few rounds, then the best right ones and the first, the closed form's, in many."""
     seconds = timer(launches, ROUNDS)
-    order = sorted(range(len(launches)), key=lambda i: seconds[i])
-    finalists = list(dict.fromkeys([0, *order[:FINALISTS]]))
+    right: list[int] = []
+    refused = []
+    for i in sorted(range(len(launches)), key=lambda i: seconds[i]):
+        if len(right) == FINALISTS:
+            break
+        if i > 0 and (why := check(launches[0], launches[i])):
+            refused.append((launches[i], why))
+        else:
+            right.append(i)
+    finalists = list(dict.fromkeys([0, *right]))
     final = timer([launches[i] for i in finalists], FINAL_ROUNDS)
     best = min(range(len(finalists)), key=lambda i: final[i])
-    return Found(launches[finalists[best]], final[best], final[0])
+    return Found(launches[finalists[best]], final[best], final[0], tuple(refused))
+
+
+def difference(name: str, actual: "Tensor", expected: "Tensor", inner: int) -> str:
+    """How one launch's result differs from another's by more than the order of its sums; "" if it does not.
+
+    Numbers are rounded to the operands' bfloat16 once or twice on the way, and each such rounding may fall
+    the other way: one unit of the data's rms in the mean, some for the worst element, relative to its size.
+    Sums of `inner` products in float32 add their own roundings. A part left out is far beyond that.
+    """
+    import torch
+
+    is_now, must_be = ((tuple(result.shape), result.dtype) for result in (actual, expected))
+    if is_now != must_be:
+        return f"{name} is {is_now[0]} of {is_now[1]}, must be {must_be[0]} of {must_be[1]}"
+    if torch.equal(actual, expected):
+        return ""
+    allowed = torch.finfo(torch.bfloat16).eps + inner**0.5 * torch.finfo(torch.float32).eps
+    exact = expected.float()
+    error, rms = (actual.float() - exact).abs(), exact.square().mean().sqrt()
+    mean = (error.square().mean().sqrt() / rms).item()
+    worst = (error / (rms + exact.abs())).max().item()
+    # written so that NaN is a difference
+    if mean <= allowed and worst <= 4 * allowed:
+        return ""
+    return (
+        f"{name} differs by {mean:.1e} of its rms and {worst:.1e} at worst, "
+        f"must be at most {allowed:.1e} and {4 * allowed:.1e}"
+    )
+
+
+def result_check(tunable: Tunable, call: Callable[[], Any], inner: int) -> Check:
+    """Compare what the call gives with two launches."""
+    import torch
+
+    def results(launch: Any) -> Sequence[Any]:
+        with chosen(tunable, launch):
+            made = call()
+        return (made,) if isinstance(made, torch.Tensor) else made
+
+    def check(closed_form: Any, launch: Any) -> str:
+        pairs = zip(results(launch), results(closed_form), strict=True)
+        found = [difference(f"result {i}", *pair, inner) for i, pair in enumerate(pairs)]
+        return "; ".join(filter(None, found))
+
+    return check
 
 
 def graph_timer(tunable: Tunable, call: Callable[[], Any]) -> Timer:
@@ -155,6 +218,17 @@ def graph_timer(tunable: Tunable, call: Callable[[], Any]) -> Timer:
 def made_up_timer(launches: Sequence[Any], rounds: int) -> list[float]:
     """Seconds that depend on nothing but the launch, for a dry run."""
     return [1e-3 + 1e-3 * random.Random(repr(launch)).random() for launch in launches]
+
+
+def measures(tunable: Tunable, shape: Shape, tokens: int) -> tuple[Timer, Check]:
+    """Times and checks on the GPU, of one call on the same numbers."""
+    call = tunable.call(shape, tokens)
+    return graph_timer(tunable, call), result_check(tunable, call, tunable.sizes(shape, tokens)[0])
+
+
+def made_up(tunable: Tunable, shape: Shape, tokens: int) -> tuple[Timer, Check]:
+    """Of a dry run: nothing is run, so nothing is wrong."""
+    return made_up_timer, lambda closed_form, launch: ""
 
 
 # --- the table --------------------------------------------------------------------------
@@ -249,13 +323,16 @@ def gate(pool: Executor, family: str) -> Accept:
 
 
 def tune(
-    plan: Plan, family: str, accept: Accept, timer_of: Callable[[Tunable, Shape, int], Timer]
+    plan: Plan,
+    family: str,
+    accept: Accept,
+    measures_of: Callable[[Tunable, Shape, int], tuple[Timer, Check]],
 ) -> list[dict[str, Any]]:
-    """A row per kernel and key: the winner's fields and both times."""
+    """A row per kernel and key: the winner's fields, both times, and what was refused for its results."""
     rows = []
     for tunable, shape, tokens, key in plan.points(family):
         launches = accept(tunable, candidates(tunable.closed_form(shape, tokens, family), tunable.unused))
-        found = search(launches, timer_of(tunable, shape, tokens))
+        found = search(launches, *measures_of(tunable, shape, tokens))
         rows.append(
             {
                 "kernel": tunable.kernel,
@@ -266,10 +343,13 @@ def tune(
                 "seconds": found.seconds,
                 "closed_form_s": found.closed_form_s,
                 "worth_it": found.worth_it(),
+                "refused": [{"fields": fields_of(one), "why": why} for one, why in found.refused],
             }
         )
         gain = found.closed_form_s / found.seconds
         print(f"{tunable.kernel} {tuple(key)}: {gain:.2f} times the closed form's speed", flush=True)
+        for one, why in found.refused:
+            print(f"  refused {fields_of(one)}: {why}", flush=True)
     return rows
 
 
@@ -295,18 +375,13 @@ def main(arguments: argparse.Namespace) -> int:
     plan = Plan(tuple(arguments.kernels), tuple(product(arguments.models, arguments.tokens)))
     if arguments.dry_run:
         print("A dry run: all times are made up.")
-        rows = tune(plan, "cuda90", lambda tunable, launches: launches, lambda *case: made_up_timer)
+        rows = tune(plan, "cuda90", lambda tunable, launches: launches, made_up)
     else:
         from moe_runtime_kernels._triton.launch import device_family
 
         family = device_family(torch.device("cuda"))
         with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
-            rows = tune(
-                plan,
-                family,
-                gate(pool, family),
-                lambda tunable, shape, tokens: graph_timer(tunable, tunable.call(shape, tokens)),
-            )
+            rows = tune(plan, family, gate(pool, family), measures)
     from moe_runtime_kernels._triton.tuned import TABLE
 
     from moe_runtime.machine import describe_machine, device_folder
@@ -314,7 +389,7 @@ def main(arguments: argparse.Namespace) -> int:
     machine = describe_machine()
     name = f"{datetime.now(UTC):%Y-%m-%d}_{(machine['commit'] or 'nocommit')[:7]}_tune.json"
     path = arguments.output / device_folder(machine) / name
-    origin = f"measured on {machine['device']}, {path.name}"
+    origin = "made up" if arguments.dry_run else f"measured on {machine['device']}, {path.name}"
     text = render(TABLE_FILE.read_text(encoding="utf-8"), merged(TABLE, rows), origin)
     if arguments.dry_run:
         print(text.partition(MARK)[2])

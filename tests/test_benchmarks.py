@@ -488,12 +488,14 @@ def test_tuned_launches_are_shown_beside_the_closed_form(tmp_path):
     (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}")
     row = {"kernel": "grouped_gemm plain", "key": ["cuda90", 2, 768, 2048, 128, 512], "candidates": 40}
     row |= {"closed_form_s": 2e-4, "seconds": 1.5e-4, "worth_it": True}
+    row["refused"] = [{"fields": {"block_m": 64}, "why": "result 0 differs"}]
     machine = {"kind": "gpu", "device": "G", "threads": 1, "versions": {}, "commit": "a" * 40, "dirty": False}
     path = tmp_path / "benchmarks" / "results" / "g" / "2026-01-02_aaaaaaa_tune.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"machine": {**machine, "time": "2026-01-02T09:00"}, "rows": [row]}))
     page = render_pages(tmp_path)[tmp_path / "docs" / "performance.md"]
     assert "| grouped_gemm plain | cuda90 2 768 2048 128 512 | 40 | 200.0 | 150.0 | yes |" in page
+    assert "closed form's:\n\n- grouped_gemm plain: result 0 differs\n" in page
 
 
 def test_pages_say_what_the_committed_results_say():

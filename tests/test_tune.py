@@ -1,10 +1,12 @@
 """The search for launches with made-up times, the table's file, and that the ahead-of-time gate covers it."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +55,8 @@ def test_a_dry_run_searches_every_kernel_and_writes_nothing(tmp_path):
     result = run_tune("--dry-run", "--output", str(tmp_path), "--tokens", "128")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("A dry run: all times are made up.\n")
+    assert "\n# made up\nTABLE: " in result.stdout
+    assert "measured on" not in result.stdout
     for name in NAMES:
         assert f"\n{name} ('cuda90', 2, " in result.stdout
         assert f'\n    "{name}": {{\n' in result.stdout
@@ -62,6 +66,10 @@ def test_a_dry_run_searches_every_kernel_and_writes_nothing(tmp_path):
 
 def launch(**changes):
     return tune.changed(choose_launch(2, 4096, 8, aligned=True, family="cuda90"), changes)
+
+
+def all_right(closed_form, one):
+    return ""
 
 
 def test_the_fastest_launch_wins_and_only_where_it_is_worth_it():
@@ -75,12 +83,13 @@ def test_the_fastest_launch_wins_and_only_where_it_is_worth_it():
 
         return measure
 
-    found = tune.search(launches, timer([1.0, 2.0, 0.5, 3.0]))
+    found = tune.search(launches, timer([1.0, 2.0, 0.5, 3.0]), all_right)
     assert (found.launch, found.seconds, found.closed_form_s) == (launches[2], 0.5, 1.0)
     assert found.worth_it()
     assert asked == [(4, tune.ROUNDS), (4, tune.FINAL_ROUNDS)]
-    assert not tune.search(launches, timer([1.0, 0.99, 3.0, 3.0])).worth_it()
-    assert tune.search(launches, timer([1.0, 2.0, 2.0, 2.0])).launch == launches[0]
+    assert not tune.search(launches, timer([1.0, 0.99, 3.0, 3.0]), all_right).worth_it()
+    assert tune.search(launches, timer([1.0, 2.0, 2.0, 2.0]), all_right).launch == launches[0]
+    assert found.refused == ()
 
 
 def test_the_closed_form_is_timed_again_even_if_it_came_last():
@@ -92,9 +101,84 @@ def test_the_closed_form_is_timed_again_even_if_it_came_last():
             finals.extend(some)
         return [9.0 if one == launches[0] else 1.0 for one in some]
 
-    tune.search(launches, timer)
+    tune.search(launches, timer, all_right)
     assert finals[0] == launches[0]
     assert len(finals) == tune.FINALISTS + 1
+
+
+def faulty(tensor, fault):
+    """What a launch may give in place of a result, by name."""
+    wrong = tensor.clone()
+    if fault == "a lost tile":
+        wrong[-16:, -16:] = 0
+    elif fault == "a lost step of the sum":
+        wrong *= 1 - 64 / 2048
+    elif fault == "nothing written":
+        wrong[0, 0] = torch.nan
+    elif fault == "another dtype":
+        wrong = wrong.float()
+    elif fault == "other roundings":  # one unit in the last place, everywhere
+        wrong = (wrong.view(torch.int16) + 1).view(torch.bfloat16)
+    return wrong
+
+
+def check_of(fault):
+    """The check of a kernel whose launch "wrong" has a fault in its second result."""
+    torch.manual_seed(0)
+    results = torch.randn(0, 4), torch.randn(128, 256).bfloat16()
+    module = SimpleNamespace(choose=None)
+    tunable = SimpleNamespace(module=lambda: module, choice="choose")
+
+    def call():
+        return results[0], faulty(results[1], fault if module.choose(2) == "wrong" else "none")
+
+    return tune.result_check(tunable, call, inner=2048)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("a lost tile", r"result 1 differs by \S+ of its rms and \S+ at worst, must be at most \S+ and \S+"),
+        ("a lost step of the sum", r"result 1 differs by 3.\de-02 of its rms .*"),
+        ("nothing written", r"result 1 differs by nan of its rms and nan at worst, .*"),
+        (
+            "another dtype",
+            r"result 1 is \(128, 256\) of torch.float32, must be \(128, 256\) of torch.bfloat16",
+        ),
+    ],
+)
+def test_a_launch_with_wrong_results_is_refused_however_fast(fault, said):
+    check = check_of(fault)
+    assert re.fullmatch(said, check("closed form", "wrong"))
+    assert check("closed form", "right") == ""
+    seconds = {"closed form": 3.0, "wrong": 1.0, "right": 2.0}
+    finals = []
+
+    def timer(launches, rounds):
+        if rounds == tune.FINAL_ROUNDS:
+            finals.extend(launches)
+        return [seconds[one] for one in launches]
+
+    found = tune.search(list(seconds), timer, check)
+    assert (found.launch, found.seconds) == ("right", 2.0)
+    assert finals == ["closed form", "right"]
+    assert found.refused == (("wrong", check("closed form", "wrong")),)
+
+
+def test_results_may_differ_in_their_last_place():
+    assert check_of("other roundings")("closed form", "wrong") == ""
+
+
+def test_what_was_refused_is_in_the_row(capsys):
+    def measures(tunable, shape, tokens):
+        return tune.made_up_timer, lambda closed_form, one: "it is wrong"
+
+    plan = tune.Plan(("grouped_gemm plain",), (("qwen3-30b-a3b", 128),))
+    (row,) = tune.tune(plan, "cuda90", lambda tunable, launches: launches[:3], measures)
+    assert [one["why"] for one in row["refused"]] == ["it is wrong"] * 2
+    assert row["seconds"] == row["closed_form_s"]
+    assert not row["worth_it"]
+    assert capsys.readouterr().out.count("  refused {'block_m': ") == 2
 
 
 @pytest.mark.parametrize("tunable", tunables.TUNABLES, ids=NAMES)
@@ -149,6 +233,22 @@ def test_a_launcher_looks_up_what_was_measured(tunable, monkeypatch):
     with interpreted(), pytest.raises(LookedUpError) as looked_up:
         call()
     assert looked_up.value.args == (tuned.Case(tunable.kernel, *tunable.sizes(shape, 24)),)
+
+
+@needs_interpreter
+def test_the_kernel_that_is_timed_for_dh_writes_all_it_can(monkeypatch):
+    class LaunchedError(Exception):
+        pass
+
+    def launch_tiles(kernel, one, operands, *arguments, **constexprs):
+        raise LaunchedError(*operands[-3:])
+
+    (tunable,) = (one for one in tunables.TUNABLES if one.kernel == "expert_ffn dh")
+    call = tunable.call(tunable.shapes["tiny"], 24)
+    monkeypatch.setattr(tunable.module(), "_launch_tiles", launch_tiles)
+    with interpreted(), pytest.raises(LaunchedError) as launched:
+        call()
+    assert all(isinstance(written, torch.Tensor) for written in launched.value.args)
 
 
 def test_each_key_is_searched_once():
