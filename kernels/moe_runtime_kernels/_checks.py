@@ -1,6 +1,6 @@
 """Checks of arguments; every message names the operation, the argument, what it must be and what it was."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -42,6 +42,31 @@ def check_same(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor)
             f"{str(tensor.dtype).removeprefix('torch.')}"
         )
     check_device(op, name, tensor, like.device)
+
+
+def check_apart(op: str, name: str, tensor: Tensor, others: Mapping[str, Tensor | None]) -> None:
+    """`tensor`, which is written to, shares no memory with the others."""
+    storage, used = tensor.untyped_storage()._cdata, _bytes_used(tensor)
+    for other_name, other in others.items():
+        if other is None or other.untyped_storage()._cdata != storage:
+            continue
+        other_used = _bytes_used(other)
+        if max(used.start, other_used.start) < min(used.stop, other_used.stop):
+            raise ValueError(
+                f"{op}: {name} must not share memory with {other_name}, because it is added to in place, got "
+                "one that does"
+            )
+
+
+def _bytes_used(tensor: Tensor) -> range:
+    """Of its storage, from the first element to the last."""
+    if tensor.numel() == 0:
+        return range(0)
+    first = tensor.storage_offset()
+    last = first + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return range(first * tensor.itemsize, (last + 1) * tensor.itemsize)
 
 
 def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:

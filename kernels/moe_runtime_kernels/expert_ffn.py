@@ -13,7 +13,8 @@ second time, the same way. With g[n] = dy[token[n]] and w[n] the gate of row n:
     ddown_bias[e] = sum of w[n] g[n]                  dgate_up_bias[e] = sum of dh[n]
 
 Products take the storage dtype in and sum in float32; activations, gates and sums over choices are float32.
-ddown and dgate_up can be added to float32 main gradients instead of being returned, without being rounded.
+ddown and dgate_up can be added to float32 main gradients instead of being returned, without being rounded;
+every backward pass through the call adds, whatever gradients it was asked for.
 The identity for dweight and the set of saved tensors follow SonicMoE (Guo et al. 2025).
 """
 
@@ -309,8 +310,9 @@ def expert_ffn(  # noqa: PLR0913 - a whole layer: its weights, its routing, its 
         recompute: keep x for backward and not h, N * 2F or N * F numbers, which backward then computes a
             second time: one product of the forward's two. No bit of a result changes.
         gate_up_main_grad: contiguous, float32 (float64 for float64), gate_up_proj's shape; backward adds
-            the weight's gradient to it, unrounded, and returns none for the weight. Untouched where the
-            weight requires no gradient.
+            the weight's gradient to it, unrounded, and returns none for the weight. Every backward pass
+            through this call adds, whatever inputs it is asked for, and a second pass adds again. Untouched
+            where the weight requires no gradient. Shares no memory with weights or the other main gradient.
         down_main_grad: the same for down_proj.
 
     Returns:
@@ -326,8 +328,11 @@ def expert_ffn(  # noqa: PLR0913 - a whole layer: its weights, its routing, its 
     E, D = down_proj.shape[:2]
     check_shape("expert_ffn", "x", x_TD, (T, D), "(T, D)")
     check_shape("expert_ffn", "plan.offset_E", plan.offset_E, (E,), "(E,)")
-    check_main_grad("expert_ffn", "gate_up_main_grad", gate_up_main_grad, "gate_up_proj", parameters[0])
-    check_main_grad("expert_ffn", "down_main_grad", down_main_grad, "down_proj", parameters[1])
+    op, (gate_up, down, *_) = "expert_ffn", parameters
+    given: dict[str, Tensor | None] = {"gate_up_proj": gate_up_proj, "down_proj": down_proj}
+    check_main_grad(op, "gate_up_main_grad", gate_up_main_grad, "gate_up_proj", gate_up, given)
+    given["gate_up_main_grad"] = gate_up_main_grad
+    check_main_grad(op, "down_main_grad", down_main_grad, "down_proj", down, given)
     check_gates("expert_ffn", weight_TK, residual_TD, (T, K, D), x_TD.device)
     operands = (x_TD, *parameters, weight_TK, residual_TD)
     operands = tuple(None if tensor is None else tensor.contiguous() for tensor in operands)

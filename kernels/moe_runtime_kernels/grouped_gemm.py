@@ -12,15 +12,17 @@ Products take the storage dtype in and sum in float32. Each gradient is an opera
 that nobody asked for costs nothing. Experts without rows get gradients of zero.
 
 With a main gradient, a float32 tensor of the weight's shape, dweight is added to it without being rounded to
-the storage dtype, and the weight gets no gradient of its own: main_grad[e] += sum of dy[n]^T x[n].
+the storage dtype, and the weight gets no gradient of its own: main_grad[e] += sum of dy[n]^T x[n]. Every
+backward pass through the call adds, whatever gradients it was asked for.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._checks import FLOATS, check_device, check_dims, check_dtype, check_same, check_shape
+from ._checks import FLOATS, check_apart, check_device, check_dims, check_dtype, check_same, check_shape
 from ._cpu import product
 from ._dispatch import accumulator, cast_for_autocast, register_kernel, register_reference
 from .permute import gather_rows_reference, scatter_rows_op
@@ -281,7 +283,9 @@ def grouped_gemm(
         plan: from `make_plan`, for the same N and E.
         bias_EO: added to each of the expert's rows, x's dtype.
         main_grad_EOI: contiguous, float32 (float64 for float64); backward adds the weight's gradient to it
-            and returns none for the weight. Untouched where the weight requires no gradient.
+            and returns none for the weight. Every backward pass through this call adds, whatever inputs it
+            is asked for, and a second pass adds again. Untouched where the weight requires no gradient.
+            Shares no memory with the weight.
 
     Returns:
         y_NO in x's dtype (autocast's where that is on); rows past the last expert's are zero.
@@ -289,8 +293,9 @@ def grouped_gemm(
     Raises:
         ValueError: shapes, dtypes or devices disagree. Non-contiguous tensors are copied first.
     """
+    given = {"weight": weight_EOI}
     x_NI, weight_EOI, bias_EO = _checked("grouped_gemm", x_NI, weight_EOI, plan, bias_EO)
-    check_main_grad("grouped_gemm", "main_grad", main_grad_EOI, "weight", weight_EOI)
+    check_main_grad("grouped_gemm", "main_grad", main_grad_EOI, "weight", weight_EOI, given)
     T, K = plan.row_TK.shape
     check_shape("grouped_gemm", "x", x_NI, (T * K, weight_EOI.shape[2]), "(T*K, I)")
     return _GroupedGemm.apply(x_NI, weight_EOI, bias_EO, plan.offset_E, plan.tile_end_ME, main_grad_EOI)
@@ -312,7 +317,9 @@ def gathered_grouped_gemm(
         plan: from `make_plan`, for the same T and E.
         bias_EO: added to each of the expert's rows, x's dtype.
         main_grad_EOI: contiguous, float32 (float64 for float64); backward adds the weight's gradient to it
-            and returns none for the weight. Untouched where the weight requires no gradient.
+            and returns none for the weight. Every backward pass through this call adds, whatever inputs it
+            is asked for, and a second pass adds again. Untouched where the weight requires no gradient.
+            Shares no memory with the weight.
 
     Returns:
         y_NO in x's dtype (autocast's where that is on); rows past the last expert's are zero.
@@ -320,18 +327,41 @@ def gathered_grouped_gemm(
     Raises:
         ValueError: shapes, dtypes or devices disagree. Non-contiguous tensors are copied first.
     """
+    given = {"weight": weight_EOI}
     x_TI, weight_EOI, bias_EO = _checked("gathered_grouped_gemm", x_TI, weight_EOI, plan, bias_EO)
-    check_main_grad("gathered_grouped_gemm", "main_grad", main_grad_EOI, "weight", weight_EOI)
+    check_main_grad("gathered_grouped_gemm", "main_grad", main_grad_EOI, "weight", weight_EOI, given)
     check_shape("gathered_grouped_gemm", "x", x_TI, (plan.row_TK.shape[0], weight_EOI.shape[2]), "(T, I)")
     return _GatheredGroupedGemm.apply(
         x_TI, weight_EOI, bias_EO, plan.row_TK, plan.token_N, plan.offset_E, plan.tile_end_ME, main_grad_EOI
     )
 
 
-def check_main_grad(op: str, name: str, main_grad: Tensor | None, weight_name: str, weight: Tensor) -> None:
-    """A main gradient can be added to in place; None is none. `weight` has the dtype of the products."""
+def check_main_grad(
+    op: str,
+    name: str,
+    main_grad: Tensor | None,
+    weight_name: str,
+    weight: Tensor,
+    given: Mapping[str, Tensor | None],
+) -> None:
+    """A main gradient can be added to in place; None is none.
+
+    Args:
+        op: the operation, for messages.
+        name: of the main gradient.
+        main_grad: what is checked.
+        weight_name: of the weight whose gradient is added.
+        weight: in the dtype of the products.
+        given: the caller's tensors that must not change with it: weights and other main gradients.
+
+    Raises:
+        ValueError: it cannot be added to. While a graph is compiled, where a tensor is in memory and under
+            what mode it was made are not known, and not checked.
+    """
     if main_grad is None:
         return
+    if not isinstance(main_grad, Tensor):
+        raise ValueError(f"{op}: {name} must be a tensor or None, got {type(main_grad).__name__}")
     if main_grad.shape != weight.shape:
         raise ValueError(
             f"{op}: {name} must have the shape of {weight_name}, {tuple(weight.shape)}, got "
@@ -348,6 +378,14 @@ def check_main_grad(op: str, name: str, main_grad: Tensor | None, weight_name: s
         raise ValueError(
             f"{op}: {name} must not require a gradient, because it is added to in place, got one that does"
         )
+    if torch.compiler.is_compiling():
+        return
+    if main_grad.is_inference():
+        raise ValueError(
+            f"{op}: {name} must not be made under torch.inference_mode, because autograd cannot count its "
+            "changes, got one that is"
+        )
+    check_apart(op, name, main_grad, given)
 
 
 def _checked(

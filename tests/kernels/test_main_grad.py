@@ -196,6 +196,53 @@ def test_a_frozen_weight_leaves_its_main_gradient_alone():
     assert not main_grads["down_main_grad"].any()
 
 
+OPS = ["expert_ffn", "grouped_gemm", "gathered_grouped_gemm"]
+
+
+def adding(op):
+    """(function that adds to main gradients, its inputs, upstream gradient, main gradients)."""
+    plan = make_plan(choose(ROUTING), ROUTING.E)
+    if op == "expert_ffn":
+        inputs, grad = make_inputs(ROUTING, torch.float32)
+        main_grads = zeros_like(inputs, "gate_up", "down")
+        return layer(plan, **main_grads), inputs, grad, list(main_grads.values())
+    T, K, E, _ = ROUTING
+    fn, rows = (grouped_gemm, T * K) if op == "grouped_gemm" else (gathered_grouped_gemm, T)
+    inputs = {"x": normal(rows, 24), "weight": normal(E, 16, 24)}
+    main_grad = torch.zeros(E, 16, 24, device=DEVICE)
+    call = functools.partial(fn, plan=plan, main_grad_EOI=main_grad)
+    return lambda x, weight: call(x, weight), inputs, normal(T * K, 16), [main_grad]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_backward_pass_adds_whatever_it_is_asked_for(op):
+    fn, inputs, grad, main_grads = adding(op)
+    gradients(fn, inputs, grad)
+    once = [x.clone() for x in main_grads]
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    for x in main_grads:
+        x.zero_()
+    out = fn(**leaves)
+    for times in (1, 2):
+        torch.autograd.grad(out, leaves["x"], grad, retain_graph=True)
+        for x, added in zip(main_grads, once, strict=True):
+            assert added.any()
+            torch.testing.assert_close(x, times * added)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_hooks_of_a_weight_are_called_without_a_gradient(op):
+    fn, inputs, grad, _ = adding(op)
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    weights = [leaf for leaf in leaves.values() if leaf.dim() == 3]
+    seen = []
+    for weight in weights:
+        weight.register_hook(seen.append)
+        weight.register_post_accumulate_grad_hook(lambda leaf: seen.append(leaf.grad))
+    fn(**leaves).backward(grad)
+    assert seen == [None] * 2 * len(weights)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_adds_once(use_reentrant):
     plan = make_plan(choose(ROUTING), ROUTING.E)
@@ -242,13 +289,14 @@ def test_autocast_adds_the_sums_of_its_products_unrounded():
         assert torch.equal(main_grads[name], x), name
 
 
-def test_whoever_kept_the_main_gradient_for_backward_is_told():
-    plan = make_plan(choose(ROUTING), ROUTING.E)
-    inputs, grad = make_inputs(ROUTING, torch.float32)
-    main_grads = zeros_like(inputs, "gate_up", "down")
+@pytest.mark.parametrize("kernels", KERNELS)  # of which only a reference writes through PyTorch, which counts
+@pytest.mark.parametrize("op", OPS)
+def test_whoever_kept_the_main_gradient_for_backward_is_told(op, kernels):
+    fn, inputs, grad, main_grads = adding(op)
     scale = torch.ones((), device=DEVICE, requires_grad=True)
-    kept = [scale * x for x in main_grads.values()]
-    gradients(layer(plan, **main_grads), inputs, grad)
+    kept = [scale * x for x in main_grads]
+    with kernels_if(kernels):
+        gradients(fn, inputs, grad)
     for y in kept:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
@@ -272,6 +320,27 @@ def test_grouped_gemm_adds_its_weight_gradient(I, O, gathered, dtype, kernels):
             assert actual["weight"] is None
             assert torch.equal(actual["x"], expected["x"])
             assert torch.equal((main_grad / times).to(dtype), expected["weight"]), times
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("gathered", [False, True], ids=["rows", "gathered"])
+def test_the_sum_of_half_precision_products_is_not_rounded_to_half_precision(gathered, kernels):
+    experts, I, O = choose(EMPTY), 48, 80
+    plan, fn = make_plan(experts, EMPTY.E), gathered_grouped_gemm if gathered else grouped_gemm
+    inputs = {"x": normal(EMPTY.T if gathered else EMPTY.T * EMPTY.K, I, dtype=torch.float16)}
+    inputs |= {"weight": normal(EMPTY.E, O, I, dtype=torch.float16, scale=I**-0.5, seed=1)}
+    grad = normal(EMPTY.T * EMPTY.K, O, dtype=torch.float16, seed=2)
+    main_grad = normal(EMPTY.E, O, I, seed=3)
+    expected = main_grad.double()
+    x_NI = inputs["x"][plan.token_N.long()] if gathered else inputs["x"]
+    expert_N = experts.flatten()[plan.slot_N.long()]
+    for e in range(EMPTY.E):
+        rows = expert_N == e
+        expected[e] += grad[rows].double().T @ x_NI[rows].double()
+    with kernels_if(kernels):
+        gradients(lambda x, weight: fn(x, weight, plan, main_grad_EOI=main_grad), inputs, grad)
+    error = (main_grad.double() - expected).abs().max() / expected.square().mean().sqrt()
+    assert error <= 16 * torch.finfo(torch.float32).eps
 
 
 def test_float64_adds_in_float64():
@@ -331,7 +400,7 @@ def test_registration():
 
 
 def test_bad_main_gradients_are_refused():
-    plan = make_plan(torch.zeros(4, 2, dtype=torch.int32), 3)
+    plan = make_plan(torch.zeros(4, 2, dtype=torch.int32, device=DEVICE), 3)
     x, up, down, weight = normal(4, 8), normal(3, 10, 8), normal(3, 8, 5), normal(4, 2)
 
     def expect(error, name, main_grad):
@@ -354,9 +423,48 @@ def test_bad_main_gradients_are_refused():
         "gate_up_main_grad",
         normal(3, 10, 8).requires_grad_(),
     )
+    expect("be a tensor or None, got float", "gate_up_main_grad", 0.0)
+    with torch.inference_mode():
+        made_there = torch.zeros(3, 8, 5, device=DEVICE)
+    expect(
+        "not be made under torch.inference_mode, .* changes, got one that is", "down_main_grad", made_there
+    )
     for fn, rows in ((grouped_gemm, 8), (gathered_grouped_gemm, 4)):
         with pytest.raises(
             ValueError,
             match=rf"^{fn.__name__}: main_grad must have the shape of weight, \(3, 10, 8\), got \(1",
         ):
             fn(normal(rows, 8), up, plan, main_grad_EOI=normal(1, 10, 8))
+
+
+def test_a_main_gradient_in_the_memory_of_another_tensor_is_refused():
+    plan = make_plan(torch.zeros(4, 2, dtype=torch.int32, device=DEVICE), 3)
+    flat = torch.zeros(600, device=DEVICE)
+    x, weight = normal(4, 8), normal(4, 2)
+    up, down, up_sum, down_sum = flat[:240], flat[240:360], flat[360:], flat[480:]
+
+    def call(up_sum, down_sum):
+        sums = {
+            "gate_up_main_grad": None if up_sum is None else up_sum.view(3, 10, 8),
+            "down_main_grad": None if down_sum is None else down_sum.view(3, 8, 5),
+        }
+        expert_ffn(x, up.view(3, 10, 8), down.view(3, 8, 5), weight, plan, **sums)
+
+    for name, other, sums in (
+        ("gate_up_main_grad", "gate_up_proj", (flat[239:479], None)),
+        ("gate_up_main_grad", "down_proj", (flat[359:599], None)),
+        ("down_main_grad", "down_proj", (None, flat[359:479])),
+        ("down_main_grad", "gate_up_main_grad", (up_sum, down_sum)),
+    ):
+        message = f"^expert_ffn: {name} must not share memory with {other}, because .*, got one that does$"
+        with pytest.raises(ValueError, match=message):
+            call(*sums)
+    call(up_sum, None)  # one storage, from where the weights end
+    call(None, flat[360:480])
+    with torch.autocast(DEVICE, dtype=torch.bfloat16), pytest.raises(ValueError, match="gate_up_proj"):
+        call(up, None)  # where the products take a copy of the weight
+    for fn, rows in ((grouped_gemm, 8), (gathered_grouped_gemm, 4)):
+        with pytest.raises(
+            ValueError, match=f"^{fn.__name__}: main_grad must not share memory with weight, "
+        ):
+            fn(normal(rows, 8), up.view(3, 10, 8), plan, main_grad_EOI=flat[1:241].view(3, 10, 8))
