@@ -3,16 +3,17 @@
     make gpu                                            in this checkout's own environment
     PYTHONPATH=.:kernels python -m benchmarks.gpu_round     in one that has torch, Triton and pytest
 
-The tests of the kernels run side by side, because compiling takes most of their time; small cases run under
-compute-sanitizer where it is on the PATH. Benchmarks run one after the other: first what docs/performance.md
-holds the kernels to, without other libraries, then comparisons, and last the libraries that may tune
-themselves for minutes. A part that fails or runs out of its time does not stop the others; the exit status is
-1 then. Without a GPU it says so and does nothing. `--dry-run` runs the same parts in tiny shapes on what
-there is.
+The tests of the kernels run side by side, because compiling takes most of their time; small cases run twice,
+the second time under compute-sanitizer, where it is on the PATH. Benchmarks run one after the other: first
+what docs/performance.md holds the kernels to, without other libraries, then comparisons, and last the
+libraries that may tune themselves for minutes. A part that fails or runs out of its time does not stop the
+others; the exit status is 1 then. Without a GPU it says so and does nothing. `--dry-run` runs the same parts
+in tiny shapes on what there is.
 """
 
 import argparse
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,12 +27,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL_TESTS = ("route", "plan", "permute", "combine", "grouped_gemm", "expert_ffn", "attention_mix")
-OPTION_TESTS = (
-    "main_grad",
-    "recompute",
-    "memory",
-    "capture",
-)  # of what they can do beyond forward and backward
+# of single kernels, and of what they can do beyond forward and backward
+OPTION_TESTS = ("aligned", "tma_kernels", "main_grad", "recompute", "memory", "capture")
 TESTS_SECONDS = 150
 # suite -> seconds; bars first
 BARS = {"route": 30, "plan": 25, "combine": 30, "expert_ffn": 90}
@@ -45,6 +42,8 @@ COMPARISONS = {
 PEERS = {"expert_ffn": 110}
 DRY_SECONDS = 300  # a dry run may wait for a busy CPU
 SANITIZER = "compute-sanitizer"
+# pytest-timeout is not needed, because every part has its own limit; without it pytest warns of its setting
+WITHOUT_TIMEOUT = ("-W", "ignore:Unknown config option:pytest.PytestConfigWarning")
 
 
 @dataclass(frozen=True)
@@ -69,26 +68,29 @@ def parts(output: Path, *, dry_run: bool) -> list[Part]:
 
 def _correctness(dry_run: bool) -> list[Part]:
     seconds = DRY_SECONDS if dry_run else TESTS_SECONDS
-    pytest = (sys.executable, "-m", "pytest", "-q")
+    pytest = (sys.executable, "-m", "pytest", "-q", *WITHOUT_TIMEOUT)
     tests = {"close": "tests/test_close.py"}
     if not dry_run:
         tests |= {name: f"tests/kernels/test_{name}.py" for name in KERNEL_TESTS + OPTION_TESTS}
     found = [Part(f"test {name}", (*pytest, path), seconds, together=True) for name, path in tests.items()]
-    return [*found, _small_cases(seconds, dry_run)]
+    return [*found, *_small_cases(seconds, dry_run)]
 
 
-def _small_cases(seconds: int, dry_run: bool) -> Part:
-    """Under the memory checker, with each tensor in memory of its own; a dry run is without the checker."""
+def _small_cases(seconds: int, dry_run: bool) -> list[Part]:
+    """Alone, then, when all kernels are compiled, under the memory checker, each tensor in its own memory.
+
+    A dry run, or one without the checker, has the first only.
+    """
     command = (sys.executable, "-m", "benchmarks.small_cases")
-    if dry_run:
-        return Part("small cases", command, seconds, together=True)
-    tool = shutil.which(SANITIZER)
+    tool = None if dry_run else shutil.which(SANITIZER)
     if tool is None:
-        return Part("memcheck", (), 0, together=True, absent=f"{SANITIZER} is not on the PATH")
+        alone = Part("small cases", command, seconds, together=True)
+        reason = f"{SANITIZER} is not on the PATH"
+        return [alone] if dry_run else [alone, Part("memcheck", (), 0, together=True, absent=reason)]
     checked = (tool, "--tool", "memcheck", "--error-exitcode", "9", *command)
-    return Part(
-        "memcheck", checked, seconds, together=True, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    )
+    both = ("sh", "-c", f"{shlex.join(command)} && {shlex.join(checked)}")
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return [Part("small cases and memcheck", both, seconds, together=True, environment=environment)]
 
 
 def _benchmarks(output: Path, dry_run: bool) -> list[Part]:
@@ -195,10 +197,9 @@ def main() -> int:
         "--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result files"
     )
     arguments = parser.parse_args()
-    missing = [name for name in ("pytest", "hypothesis", "pytest_timeout") if find_spec(name) is None]
+    missing = [name for name in ("pytest", "hypothesis") if find_spec(name) is None]
     if missing:
-        names = " ".join(name.replace("_", "-") for name in missing)
-        print(f"The GPU round needs {', '.join(missing)}; run: python -m pip install {names}")
+        print(f"The GPU round needs {', '.join(missing)}; run: python -m pip install {' '.join(missing)}")
         return 2
     import torch
 

@@ -75,22 +75,53 @@ def test_the_round_fits_into_ten_minutes_and_names_what_exists(tmp_path):
 
 
 def test_correctness_comes_first_then_bars_then_peers(tmp_path):
-    kinds = [part.name.split()[0] for part in parts(tmp_path, dry_run=False)]
-    order = ["test", "memcheck", "bars", "compare", "peers"]
+    kinds = [part.name.split()[0] for part in parts(tmp_path, dry_run=False) if not part.absent]
+    order = ["test", "small", "bars", "compare", "peers"]
     assert list(dict.fromkeys(kinds)) == order
     assert kinds == sorted(kinds, key=order.index)
 
 
-@pytest.mark.parametrize("tool", [None, "/opt/tools/compute-sanitizer"])
-def test_small_cases_run_under_the_memory_checker_where_there_is_one(tmp_path, monkeypatch, tool):
-    monkeypatch.setattr(round_of_parts.shutil, "which", lambda name: tool)
-    (part,) = (part for part in parts(tmp_path, dry_run=False) if part.name == "memcheck")
-    if tool is None:
-        assert (part.command, part.absent) == ((), "compute-sanitizer is not on the PATH")
-    else:
-        assert part.command[:3] == (tool, "--tool", "memcheck")
-        assert part.command[-1] == "benchmarks.small_cases"
-        assert part.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+def test_small_cases_run_without_a_memory_checker(tmp_path, monkeypatch):
+    monkeypatch.setattr(round_of_parts.shutil, "which", lambda name: None)
+    todo = {part.name: part for part in parts(tmp_path, dry_run=False)}
+    assert todo["small cases"].command == (sys.executable, "-m", "benchmarks.small_cases")
+    assert todo["memcheck"].command == ()
+    assert todo["memcheck"].absent == "compute-sanitizer is not on the PATH"
+
+
+@pytest.mark.parametrize("failing", [None, 1, 2])
+def test_small_cases_run_under_the_memory_checker_after_they_ran_without(
+    tmp_path, monkeypatch, failing, capfd
+):
+    """Stand-ins for Python and for the checker, which say what they are given; one of the runs may fail."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    count = f"echo run >> '{folder}/runs'; test $(wc -l < '{folder}/runs') != {failing or 0}"
+    python, checker = folder / "python", folder / "compute-sanitizer"
+    python.write_text(f'#!/bin/sh\necho "python $@ caching=$PYTORCH_NO_CUDA_MEMORY_CACHING"\n{count}\n')
+    checker.write_text('#!/bin/sh\necho "checker $1 $2 $3 $4"\nshift 4\n"$@"\n')
+    for path in (python, checker):
+        path.chmod(0o755)
+    monkeypatch.setattr(round_of_parts.shutil, "which", lambda name: str(checker))
+    monkeypatch.setattr(round_of_parts.sys, "executable", str(python))
+    todo = [part for part in parts(tmp_path, dry_run=False) if "memcheck" in part.name]
+    assert [part.name for part in todo] == ["small cases and memcheck"]
+    assert run_parts(todo) == int(failing is not None)
+    cases = "python -m benchmarks.small_cases caching=1"
+    shown = [line for line in capfd.readouterr().out.splitlines() if line.startswith(("python", "checker"))]
+    checked = ["checker --tool memcheck --error-exitcode 9", cases]
+    assert shown == [cases, *(checked if failing != 1 else [])]
+
+
+def test_the_tests_run_where_pytest_timeout_is_absent(tmp_path):
+    (command,) = (part.command for part in parts(tmp_path, dry_run=False) if part.name == "test close")
+    result = subprocess.run(
+        [*command, "-p", "no:timeout"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )
+    assert result.returncode == 0, result.stdout
 
 
 def test_parts_run_together_and_an_absent_tool_fails_nothing(capfd):
