@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_round as round_of_parts
+from benchmarks import small_cases
 from benchmarks.gpu_round import (
     BARS,
     COMPARISONS,
@@ -156,3 +157,53 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(capfd):
     assert "ran\n" in shown
     assert "good: passed, " in shown
     assert run_parts(todo[2:]) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, the cases themselves are run")
+@pytest.mark.parametrize("wrong", [None, "one element", "not finite", "gradient"])
+def test_small_cases_find_a_wrong_result(monkeypatch, capsys, wrong):
+    """What `scatter_rows` gives in each case's first run, which is the device's."""
+    scatter_rows, calls = small_cases.scatter_rows, []
+
+    def scatter(y_ND, plan):
+        calls.append(y_ND.dtype)
+        out = scatter_rows(y_ND, plan)
+        if len(calls) % 3 != 1 or wrong is None:
+            return out
+        if wrong == "gradient":  # twice what it is
+            return 2 * out - out.detach()
+        change = torch.zeros_like(out)
+        change[3, 5] = 1 if wrong == "one element" else torch.nan
+        return out + change
+
+    monkeypatch.setattr(small_cases, "scatter_rows", scatter)
+    assert small_cases.main() == int(wrong is not None)
+    said = capsys.readouterr().out.splitlines()
+    if wrong is None:
+        assert said == ["all small cases are right"]
+    else:
+        assert said[0] == "wrong:"
+        assert len(said) == 5
+        place = "gradient 0" if wrong == "gradient" else "output"
+        assert all(
+            line.startswith("scatter_rows in ") and f": {place} is off by " in line for line in said[1:]
+        )
+    assert calls == 2 * [torch.bfloat16] + [torch.float64] + calls[3:]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, the cases themselves are run")
+def test_small_cases_find_a_wrong_main_gradient(monkeypatch, capsys):
+    expert_ffn, calls = small_cases.expert_ffn, []
+
+    def ffn(*inputs, down_main_grad=None, **options):
+        if down_main_grad is not None:
+            calls.append(1)
+            if len(calls) % 2:
+                down_main_grad += 1  # the first of each case's two runs with one
+        return expert_ffn(*inputs, down_main_grad=down_main_grad, **options)
+
+    monkeypatch.setattr(small_cases, "expert_ffn", ffn)
+    assert small_cases.main() == 1
+    said = capsys.readouterr().out.splitlines()[1:]
+    assert len(said) == 4
+    assert all(line.startswith("expert_ffn with main") and ": gradient 2 is" in line for line in said)
