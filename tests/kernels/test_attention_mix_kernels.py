@@ -173,11 +173,14 @@ def test_backward_launch_choice(family):
 def test_what_is_not_aligned():
     from moe_runtime_kernels._triton.attention_mix import _aligned
 
-    def tensors(Q=32, D=48, first=0):
+    def tensors(Q=32, D=48, first=0, first_weight=0):
         o = torch.zeros(4 * 2 * Q + first, dtype=FLOAT16)[first:].view(4, 1, 2, Q)
-        return o, torch.zeros(D, 2 * Q, dtype=FLOAT16), None
+        weight = torch.zeros(D * 2 * Q + first_weight, dtype=FLOAT16)[first_weight:].view(D, 2 * Q)
+        return o, weight, None
 
     assert _aligned(*tensors())
     assert not _aligned(*tensors(Q=24))
     assert not _aligned(*tensors(D=40))
-    assert not _aligned(*tensors(first=1))
+    for first in (1, 4):
+        assert not _aligned(*tensors(first=first))
+        assert not _aligned(*tensors(first_weight=first))
