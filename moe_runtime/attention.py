@@ -360,6 +360,10 @@ def rotate(x: Tensor, rotary: Rotary, interleaved: bool = False) -> Tensor:
     return _Rotate.apply(x, cos, sin, interleaved, True)
 
 
+# Elements; on a CPU each of the rotation's passes then finds them in the cache.
+ROTATED_AT_A_TIME = 1 << 17
+
+
 class _Rotate(torch.autograd.Function):
     """Its own gradient is the rotation back, so that neither x nor the products are kept for backward."""
 
@@ -378,8 +382,17 @@ class _Rotate(torch.autograd.Function):
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, heads_first: bool) -> Tensor:
     """With `heads_first`, each head of the result lies in one piece of memory, as attention reads it."""
     B, L, heads, P = x.shape
-    rotated = 2 * cos.shape[-1]
     y = x.new_empty(B, heads, L, P).transpose(1, 2) if heads_first else x.new_empty(x.shape)
+    step = heads
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        step = max(1, ROTATED_AT_A_TIME * heads // max(1, x.numel()))
+    for x_part, y_part in zip(x.split(step, 2), y.split(step, 2), strict=True):
+        _rotate_into(y_part, x_part, cos, sin, interleaved)
+    return y
+
+
+def _rotate_into(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    rotated = 2 * cos.shape[-1]
     first, second = _pairs(x[..., :rotated], interleaved)
     out_first, out_second = _pairs(y[..., :rotated], interleaved)
     if torch.promote_types(x.dtype, cos.dtype) == x.dtype:
@@ -390,7 +403,6 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, heads_fi
         out_second.copy_((second * cos).addcmul_(first, sin))
     if rotated < x.shape[-1]:
         y[..., rotated:] = x[..., rotated:]
-    return y
 
 
 def _pairs(heads: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
