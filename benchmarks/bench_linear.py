@@ -15,20 +15,12 @@ SHAPES = {  # input width, output width
 TINY = {"tiny": (16, 24)}
 
 
-@pytest.fixture
-def high_precision():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-@pytest.mark.usefixtures("high_precision")
 @pytest.mark.parametrize("tokens", [1, 16, 512])
 @pytest.mark.parametrize("shape", [*SHAPES, *TINY])
-def bench_linear(compare, tiny, shape, tokens):
+def bench_linear(compare, tiny, set_precision, shape, tokens):
     if (shape in TINY) != tiny:
         pytest.skip("the other size of shapes was asked for")
+    set_precision("high")
     torch.manual_seed(0)
     layer = Linear(*{**SHAPES, **TINY}[shape], bias=False)
     x_TI = torch.randn(tokens, layer.in_features)

@@ -45,6 +45,14 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture
+def set_precision():
+    """`set_precision("high")`: of float32 products, until the benchmark ends."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
 def tiny(request) -> bool:
     return request.config.getoption("--tiny")
 

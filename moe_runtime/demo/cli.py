@@ -29,10 +29,13 @@ def demo_command(
 
     Takes about eight minutes on two cores; a run that was cut off goes on where it stopped.
     """
+    import torch
+
     from ..machine import keep_freed_memory
     from .run import run_demo
 
     keep_freed_memory()
+    torch.set_float32_matmul_precision("high")  # for all that is compared; perplexities do not need more
     # progress goes to stderr when stdout is for a program
     console = Console(stderr=as_json)
     if not console.is_terminal:  # a file or a pipe has no width; the tables need this much

@@ -14,7 +14,8 @@ def conclude(report: dict[str, Any]) -> list[str]:
     copy = report["copy_check"]
     sentences.append(
         f"Copy: before any training its logits differ from the dense source's by at most "
-        f"{copy['max_abs_diff']:.1e}: it computes the same function."
+        f"{copy['max_abs_diff']:.1e} in float32 and {copy['max_abs_diff_float64']:.1e} in float64: "
+        f"it computes the same function."
         if copy["passed"]
         else f"Copy: its logits differ by {copy['max_abs_diff']:.1e} from the dense source's: a fault."
     )
