@@ -176,16 +176,16 @@ def _up_kernel(
         allow_next_kernel(PDL)
         if SWAPPED:
             acc = tl.trans(acc)
-        has_bias = expert < E
+        end_of_bias = tl.where(expert < E, G, 0)
         bias_at = expert.to(tl.int64) * G
         if not PAIR:
-            h = _with_bias(acc, bias_ptr, bias_at + g, has_bias).to(x_ptr.dtype.element_ty)
+            h = _with_bias(acc, bias_ptr, bias_at + g, g < end_of_bias).to(x_ptr.dtype.element_ty)
         if GATED:
             # in two slices: all at once, the index arithmetic of the stores is too many registers
             if PAIR:
                 f = tl.minimum(block.to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F), F - 1)
-                gate = _with_bias(acc, bias_ptr, bias_at + f, has_bias).to(x_ptr.dtype.element_ty)
-                up = _with_bias(tl.trans(up_acc), bias_ptr, bias_at + F + f, has_bias)
+                gate = _with_bias(acc, bias_ptr, bias_at + f, f < end_of_bias).to(x_ptr.dtype.element_ty)
+                up = _with_bias(tl.trans(up_acc), bias_ptr, bias_at + F + f, f < end_of_bias)
                 up = up.to(x_ptr.dtype.element_ty)
             else:
                 gate, up = _halves(h, BLOCK_M, WIDTH)
