@@ -10,11 +10,11 @@ FROZEN = (r"embed_tokens|lm_head", 0.0)  # a short run only adds noise to rows o
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """Rows are per domain. The defaults fill about seven and a half minutes on two cores."""
+    """Rows are per domain. The defaults fill about seven minutes on two cores."""
 
     row_length: int = 256
-    specialist_rows: int = 18
-    tune_rows: int = 8
+    specialist_rows: int = 15
+    tune_rows: int = 6
     heldout_rows: int = 5
     specialist: TrainSettings = field(default_factory=lambda: _rates(("", 2e-4)))
     # the better of 1e-4 and 3e-4, so that the baseline is a strong one
