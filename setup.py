@@ -31,12 +31,13 @@ setup(
         "typer>=0.15",
     ],
     extras_require={
-        "bench": ["pytest>=8.3", "pytest-timeout>=2.3"],
+        "bench": ["matplotlib>=3.9", "pytest>=8.3", "pytest-benchmark>=5.1", "pytest-timeout>=2.3"],
         "demo": ["gguf>=0.17", "matplotlib>=3.9"],
         "dev": [
             "hypothesis>=6",
             "mypy>=1.15",
             "pytest>=8.3",
+            "pytest-benchmark>=5.1",
             "pytest-timeout>=2.3",
             "ruff>=0.11",
             "types-PyYAML",

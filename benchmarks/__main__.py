@@ -3,6 +3,7 @@
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -11,9 +12,6 @@ HERE = Path(__file__).resolve().parent
 def run(arguments: argparse.Namespace) -> int:
     import pytest
 
-    from moe_runtime.machine import keep_freed_memory
-
-    keep_freed_memory()  # for all that is compared; page faults are not what a benchmark is about
     # a suite's own name is that suite alone; others have names that begin with it
     suite = HERE / f"{arguments.only}.py"
     options = [
@@ -27,6 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"--rootdir={HERE.parent}",
         f"--results={arguments.output}",
     ]
+    if find_spec("pytest_benchmark") is not None:
+        options.append("--benchmark-columns=median,iqr,rounds")
     if arguments.tiny:
         options.append("--tiny")
     if arguments.no_peers:

@@ -1,9 +1,10 @@
 """Time several callables in turns in one process, so that a noisy machine hits all of them alike."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,19 +12,30 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one callable over all rounds: median and the middle half."""
+    """Seconds of one callable over all rounds: median and the middle half, and every one of them."""
 
     median_s: float
     q1_s: float
     q3_s: float
     rounds: int
+    samples_s: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def of(cls, seconds: list[float], calls: int = 1) -> "Timing":
         """Of one call, where each measurement is of so many `calls`."""
         quartiles = statistics.quantiles(seconds, n=4, method="inclusive")
         q1, median, q3 = (quartile / calls for quartile in quartiles)
-        return cls(median_s=median, q1_s=q1, q3_s=q3, rounds=len(seconds))
+        samples = tuple(second / calls for second in seconds)
+        return cls(median_s=median, q1_s=q1, q3_s=q3, rounds=len(seconds), samples_s=samples)
+
+    def summary(self) -> dict[str, float]:
+        """What a result file keeps."""
+        return {name: getattr(self, name) for name in ("median_s", "q1_s", "q3_s", "rounds")}
+
+    def percentiles(self) -> dict[str, float]:
+        """p50, p90 and p99, each the smallest sample that so many percent of the samples do not exceed."""
+        ordered = sorted(self.samples_s)
+        return {f"p{n}_s": ordered[math.ceil(n / 100 * len(ordered)) - 1] for n in (50, 90, 99)}
 
 
 def _seconds(fn: Callable[[], object]) -> float:

@@ -1,8 +1,8 @@
 """The `compare` fixture: check that all answers agree, time the callables in turns, keep the row."""
 
 import json
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -15,13 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.alternate import Timing, captured, copy_bandwidth, time_alternately
 from benchmarks.floor import Work, matmul_speed
+from benchmarks.handover import WithoutPlugin, hand_over
 from benchmarks.peers import Peers, failure, installed_versions
-from moe_runtime.machine import describe_machine, device_folder
+from moe_runtime.machine import describe_machine, device_folder, keep_freed_memory
 
 ROWS: dict[str, list[dict[str, Any]]] = {}
 OURS = "moe_runtime"
 LAUNCHES = 50  # per graph; what starting one costs the host is divided by them
 GRAPH_S = 2e-3  # of graphs of long calls, which need fewer launches
+STARTED = pytest.StashKey[float]()
+ROUNDS_FOR_PERCENTILES = 100  # fewer samples have no 99th percentile
 
 
 def count_flops(fn: Callable[[], Any]) -> int:
@@ -42,6 +45,24 @@ def pytest_addoption(parser):
         action="store_true",
         help="leave out other libraries, some of which tune themselves for minutes",
     )
+
+
+def pytest_configure(config):
+    config.stash[STARTED] = time.monotonic()
+    if not config.pluginmanager.hasplugin("benchmark"):
+        config.pluginmanager.register(WithoutPlugin())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(machine_info):
+    """What a result file says of the machine, but for what differs from run to run."""
+    machine_info.update({name: machine()[name] for name in ("device", "kind", "threads", "versions")})
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _freed_memory_is_kept():
+    """For all that is compared; page faults are not what a benchmark is about."""
+    keep_freed_memory()
 
 
 @pytest.fixture
@@ -65,11 +86,16 @@ def copy_speed(request) -> float:
 
 
 @pytest.fixture(scope="session")
-def product_speed(request) -> float:
-    """FLOPs per second of a large bfloat16 product on that device, measured in this session."""
+def product_speed(request) -> Callable[[str], float]:
+    """Dtype -> FLOPs per second of a large product on that device, measured once in this session."""
     gpu = torch.cuda.is_available()
-    tiny = request.config.getoption("--tiny")
-    return matmul_speed("cuda" if gpu else "cpu", 256 if tiny else 8192 if gpu else 1024)
+    size = 256 if request.config.getoption("--tiny") else 8192 if gpu else 1024
+
+    @cache
+    def measure(dtype: str) -> float:
+        return matmul_speed("cuda" if gpu else "cpu", size, getattr(torch, dtype))
+
+    return measure
 
 
 def check_repeats(fn: Callable[[], Any]) -> None:
@@ -173,13 +199,14 @@ def usable(peers: Peers, check: Callable[[str, Any], Any]) -> dict[str, str]:
 
 
 @pytest.fixture
-def compare(request, tiny, copy_speed):
+def compare(request, tiny, copy_speed, benchmark):
     """compare(suite, case, fns, check=...): one row of medians, spreads, FLOPs and ratios to the first.
 
     `check` raises AssertionError for a wrong answer; errors that it returns are kept.
     `nbytes` is for operations that move data: what must be read and written at least. They are timed without
     the host's part, and the row says what share of a copy's speed they reach.
     `work` is for products: the row then has FLOPs per second, the share of the floor, and the GPU's memory.
+    One per name is for whole models, each timed as it is called.
     `peers` are other libraries; each that is not timed is in the row with the reason.
     """
 
@@ -191,7 +218,7 @@ def compare(request, tiny, copy_speed):
         check: Callable[[str, Any], dict[str, float] | None],
         rounds: int = 30,
         nbytes: int | None = None,
-        work: Work | None = None,
+        work: Work | Mapping[str, Work] | None = None,
         peers: Peers | None = None,
     ) -> dict[str, float]:
         errors: dict[str, dict[str, float]] = {}
@@ -203,57 +230,72 @@ def compare(request, tiny, copy_speed):
 
         for name, fn in fns.items():
             checked(name, fn())  # a fast wrong answer fails here and reports no time
-        peers = Peers() if peers is None else Peers(dict(peers.fns), dict(peers.absent))
-        if request.config.getoption("--no-peers"):
-            left_out = dict.fromkeys(peers.fns, "left out by --no-peers")
-            peers = Peers(absent={**peers.absent, **left_out})
+        peers = allowed(peers, request)
         not_timed = usable(peers, checked)
         fns = {**fns, **peers.fns}
         # another library's operations may be more than the counter can follow
         flops = {name: count_flops(fn) for name, fn in fns.items() if name not in peers.fns}
         rounds = 3 if tiny else rounds
-        row: dict[str, Any] = {}
-        if work is not None:
-            check_repeats(fns[OURS])
-            timings, ways = time_products(fns, rounds)
-            row = {"timed_by": ways, **of_products(timings, work, copy_speed, speed_of_products(request))}
-            if torch.cuda.is_available():
-                row["peak_bytes"] = {name: peak_bytes(fn) for name, fn in fns.items()}
-        elif nbytes is None:
-            timings = time_alternately(fns, rounds)
-        else:
-            check_repeats(fns[OURS])
-            timings, refused = time_launches(fns, rounds)
-            not_timed |= refused
-            speeds = {name: nbytes / timing.median_s for name, timing in timings.items()}
-            row = {
-                "bytes": nbytes,
-                "bytes_per_s": speeds,
-                "copy_bytes_per_s": copy_speed,
-                "copy_share": {name: speed / copy_speed for name, speed in speeds.items()},
-            }
+        timings, refused, measured = measure(request, case, fns, rounds, nbytes, work, copy_speed)
+        if torch.cuda.is_available() and work is not None:
+            measured["peak_bytes"] = {name: peak_bytes(fn) for name, fn in fns.items()}
         first = next(iter(fns))
         ratios = {name: timing.median_s / timings[first].median_s for name, timing in timings.items()}
-        ROWS.setdefault(suite, []).append(
-            {
-                "case": case,
-                "timings": {name: asdict(timing) for name, timing in timings.items()},
-                "flops": flops,
-                "ratio_to": first,
-                "ratios": ratios,
-                "errors": errors,
-                "not_timed": not_timed,
-                **row,
-            }
-        )
-        write_results(request.config.getoption("--results"), suite)
+        row = {
+            "case": case,
+            "timings": {name: timing.summary() for name, timing in timings.items()},
+            "flops": flops,
+            "ratio_to": first,
+            "ratios": ratios,
+            "errors": errors,
+            "not_timed": not_timed | refused,
+            **measured,
+        }
+        if rounds >= ROUNDS_FOR_PERCENTILES:
+            row["percentiles"] = {name: timing.percentiles() for name, timing in timings.items()}
+        keep(request, suite, row)
+        hand_over(benchmark, group_name(suite, case), timings, information(suite, row))
         return ratios
 
     return run
 
 
-def speed_of_products(request) -> float:
-    return request.getfixturevalue("product_speed")
+def measure(
+    request,
+    case: Mapping[str, Any],
+    fns: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    nbytes: int | None,
+    work: Work | Mapping[str, Work] | None,
+    copy_speed: float,
+) -> tuple[dict[str, Timing], dict[str, str], dict[str, Any]]:
+    """Timings, why some could not be timed, and what the row says of speeds."""
+    if isinstance(work, Work):
+        check_repeats(fns[OURS])
+        timings, ways = time_products(fns, rounds)
+        speeds = of_products(timings, work, copy_speed, speed_of_products(request, case))
+        return timings, {}, {"timed_by": ways, **speeds}
+    if nbytes is not None:
+        check_repeats(fns[OURS])
+        timings, refused = time_launches(fns, rounds)
+        return timings, refused, of_moves(timings, nbytes, copy_speed)
+    timings = time_alternately(fns, rounds)
+    if work is None:
+        return timings, {}, {}
+    return timings, {}, of_models(timings, work, copy_speed, speed_of_products(request, case))
+
+
+def allowed(peers: Peers | None, request) -> Peers:
+    """A copy, in which --no-peers has left all of them out."""
+    peers = Peers() if peers is None else Peers(dict(peers.fns), dict(peers.absent))
+    if request.config.getoption("--no-peers"):
+        left_out = dict.fromkeys(peers.fns, "left out by --no-peers")
+        peers = Peers(absent={**peers.absent, **left_out})
+    return peers
+
+
+def speed_of_products(request, case: Mapping[str, Any]) -> float:
+    return request.getfixturevalue("product_speed")(case.get("dtype", "bfloat16"))
 
 
 def of_products(
@@ -272,6 +314,52 @@ def of_products(
     }
 
 
+def of_models(
+    timings: Mapping[str, Timing], works: Mapping[str, Work], copy_speed: float, product_speed: float
+) -> dict[str, Any]:
+    """The same where every name has work of its own: FLOPs and bytes by formula, share of the floor."""
+    timed = {name: (works[name], timing.median_s) for name, timing in timings.items()}
+    return {
+        "formula_flops": {name: work.flops for name, (work, _) in timed.items()},
+        "formula_bytes": {name: work.nbytes for name, (work, _) in timed.items()},
+        "copy_bytes_per_s": copy_speed,
+        "product_flops_per_s": product_speed,
+        "flops_per_s": {name: work.flops / seconds for name, (work, seconds) in timed.items()},
+        "bytes_per_s": {name: work.nbytes / seconds for name, (work, seconds) in timed.items()},
+        "floor_share": {
+            name: work.floor_s(product_speed, copy_speed) / seconds for name, (work, seconds) in timed.items()
+        },
+    }
+
+
+def of_moves(timings: Mapping[str, Timing], nbytes: int, copy_speed: float) -> dict[str, Any]:
+    """A row's part about what is moved."""
+    speeds = {name: nbytes / timing.median_s for name, timing in timings.items()}
+    return {
+        "bytes": nbytes,
+        "bytes_per_s": speeds,
+        "copy_bytes_per_s": copy_speed,
+        "copy_share": {name: speed / copy_speed for name, speed in speeds.items()},
+    }
+
+
+def group_name(suite: str, case: Mapping[str, Any]) -> str:
+    return " ".join([suite, *(f"{name}={value}" for name, value in case.items())])
+
+
+def information(suite: str, row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name -> what pytest-benchmark keeps beside the samples: the case, FLOPs, bytes, device and commit."""
+    shared = {name: row[name] for name in ("useful_flops", "bytes") if name in row}
+    shared |= {name: machine()[name] for name in ("device", "commit", "dirty")}
+    by_name = ("flops", "formula_flops", "formula_bytes", "flops_per_s", "bytes_per_s", "floor_share")
+    by_name += ("copy_share", "peak_bytes", "errors", "percentiles")
+    return {
+        name: {"suite": suite, **row["case"], **shared}
+        | {field: row[field][name] for field in by_name if name in row.get(field, {})}
+        for name in row["timings"]
+    }
+
+
 @cache
 def machine() -> dict[str, Any]:
     return describe_machine()
@@ -281,6 +369,17 @@ def result_path(folder: str, suite: str) -> Path:
     commit = (machine()["commit"] or "nocommit")[:7]
     name = f"{datetime.now(UTC):%Y-%m-%d}_{commit}_{suite}.json"
     return Path(folder) / device_folder(machine()) / name
+
+
+def keep(request, suite: str, row: dict[str, Any]) -> None:
+    ROWS.setdefault(suite, []).append(row)
+    write_results(request.config.getoption("--results"), suite)
+    items, seconds = request.session.items, time.monotonic() - request.config.stash[STARTED]
+    medians = ", ".join(f"{name} {1e3 * timing['median_s']:.3g}" for name, timing in row["timings"].items())
+    done = f"{items.index(request.node) + 1} of {len(items)}"
+    print(
+        f"[{seconds // 60:.0f}:{seconds % 60:02.0f}, {done}] {group_name(suite, row['case'])}: {medians} ms"
+    )
 
 
 def write_results(folder: str | None, suite: str) -> None:

@@ -56,8 +56,8 @@ def expert_backward_work(T: int, shape: ExpertShape, active: int, itemsize: int 
     return Work(12 * N * D * F, itemsize * (rows + 3 * (active + shape.E) * D * F))
 
 
-def matmul_speed(device: str, size: int) -> float:
-    """FLOPs per second of a square bfloat16 product of random numbers; zeros run faster than any data."""
-    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+def matmul_speed(device: str, size: int, dtype: torch.dtype = torch.bfloat16) -> float:
+    """FLOPs per second of a square product of random numbers; zeros run faster than any data."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     timing = time_alternately({"matmul": lambda: a @ b}, rounds=10)["matmul"]
     return 2 * size**3 / timing.median_s
