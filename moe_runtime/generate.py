@@ -15,7 +15,7 @@ UNFINISHED = "\ufffd"  # what a tokenizer shows for a character of which only th
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """No gradients, no dropout; afterwards the model is in the mode it was in."""
     was_training = model.training
     model.eval()
@@ -26,7 +26,8 @@ def _evaluating(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def _check_length(model: Any, prompt_length: int, new_tokens: int) -> None:
+def check_length(model: Any, prompt_length: int, new_tokens: int) -> None:
+    """Raise ValueError unless there is a new token, and room for all tokens in the model's positions."""
     if new_tokens < 1:
         raise ValueError(f"the number of new tokens must be at least 1, got {new_tokens}")
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -119,11 +120,11 @@ def generate_text(
     prompt_tokens = inputs["input_ids"].shape[1]
     if prompt_tokens == 0:
         raise ValueError(f"prompt must hold at least one token, got {prompt!r}")
-    _check_length(model, prompt_tokens, max_new_tokens)
+    check_length(model, prompt_tokens, max_new_tokens)
 
     started = time.perf_counter()
     cuda_devices = [model.device] if model.device.type == "cuda" else []
-    with _evaluating(model), torch.random.fork_rng(devices=cuda_devices):
+    with evaluating(model), torch.random.fork_rng(devices=cuda_devices):
         torch.manual_seed(seed)
         token_ids = model.generate(
             input_ids=inputs["input_ids"],
@@ -218,16 +219,16 @@ def measure_latency(
     for name, value in {"prompt_length": prompt_length, "repeats": repeats, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    _check_length(model, prompt_length, new_tokens)
+    check_length(model, prompt_length, new_tokens)
     generator = torch.Generator().manual_seed(0)
     prompt_BL = torch.randint(model.config.vocab_size, (batch_size, prompt_length), generator=generator)
     prompt_BL = prompt_BL.to(model.device)
 
     prefill, decode = [], []
-    with _evaluating(model):
-        _time_one_run(model, prompt_BL, new_tokens, static_cache)
+    with evaluating(model):
+        list(step_seconds(model, prompt_BL, new_tokens, static_cache))
         for _ in range(repeats):
-            first, *rest = _time_one_run(model, prompt_BL, new_tokens, static_cache)
+            first, *rest = step_seconds(model, prompt_BL, new_tokens, static_cache)
             prefill.append(first)
             decode += rest
     return LatencyReport(
@@ -245,20 +246,21 @@ def measure_latency(
     )
 
 
-def _time_one_run(model: Any, prompt_BL: Tensor, new_tokens: int, static_cache: bool) -> list[float]:
-    """Seconds of the prefill, then of each decoded token."""
+def step_seconds(
+    model: Any, prompt_BL: Tensor, new_tokens: int, static_cache: bool = False
+) -> Iterator[float]:
+    """Seconds of the prefill, then of each decoded token; a step runs when its seconds are asked for."""
     cache = None
     if static_cache:
         from .hf.cache import static_cache as make_cache
 
         cache = make_cache(model, prompt_BL.shape[1] + new_tokens)
-    tokens_BL, seconds = prompt_BL, []
+    tokens_BL = prompt_BL
     for _ in range(1 + new_tokens):
         started = _now(model.device)
         outputs = model(input_ids=tokens_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, tokens_BL = outputs.past_key_values, outputs.logits[:, -1:].argmax(-1)
-        seconds.append(_now(model.device) - started)
-    return seconds
+        yield _now(model.device) - started
 
 
 def _now(device: torch.device) -> float:
