@@ -3,26 +3,16 @@
 from html import escape
 from typing import Any
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2530; }
-body { max-width: 1120px; margin: 2em auto; padding: 0 1em; }
-h1 { font-size: 1.6em; margin-bottom: 0; } h2 { font-size: 1.2em; margin-top: 2em; }
-table { border-collapse: collapse; margin: .6em 0; } th, td { padding: .25em .8em; text-align: right; }
-th { border-bottom: 2px solid #9aa5b1; font-weight: 600; } td { border-bottom: 1px solid #e4e7eb; }
-th:first-child, td:first-child { text-align: left; } tr.best td { font-weight: 700; }
-td.text { text-align: left; font-family: ui-monospace, monospace; font-size: 13px; white-space: pre-wrap; }
-svg { width: 100%; height: auto; } .small { color: #5b6573; font-size: 13px; } li { margin: .3em 0; }
-"""
+from ..html import bullets, commit_text, page, table, versions_line
 
 
 def render_page(report: dict[str, Any]) -> str:
     """The whole page as HTML text."""
     from .plots import perplexity_figure, routing_figure, training_figure
 
-    machine = report["machine"]
     sections = [
         f"<h1>From a dense checkpoint to mixtures of experts</h1><p class='small'>{_subtitle(report)}</p>",
-        _list(report["conclusions"]),
+        bullets(report["conclusions"]),
         "<h2>Perplexity on held-out text</h2>",
         perplexity_figure(report),
         _perplexity_rows(report),
@@ -37,22 +27,17 @@ def render_page(report: dict[str, Any]) -> str:
         "<h2>Texts</h2>",
         _texts(report),
         "<h2>Time of each stage</h2>",
-        _table(["stage", "seconds"], [[n, f"{s['seconds']:.1f}"] for n, s in report["stages"].items()]),
-        f"<p class='small'>{escape(', '.join(f'{n} {v}' for n, v in machine['versions'].items()))}</p>",
+        table(["stage", "seconds"], [[n, f"{s['seconds']:.1f}"] for n, s in report["stages"].items()]),
+        versions_line(report["machine"]),
     ]
-    return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>moe-runtime demo</title>"
-        f"<style>{STYLE}</style></head><body>{''.join(sections)}</body></html>"
-    )
+    return page("moe-runtime demo", sections)
 
 
 def _subtitle(report: dict[str, Any]) -> str:
     machine = report["machine"]
-    commit = machine["commit"] or "no commit"
-    changed = " with changes" if machine["dirty"] else ""
     return escape(
         f"{report['source']} on {machine['device']}, {machine['threads']} threads, "
-        f"{report['seconds'] / 60:.1f} minutes, {machine['time']}, commit {commit[:12]}{changed}, "
+        f"{report['seconds'] / 60:.1f} minutes, {machine['time']}, {commit_text(machine)}, "
         f"seed {report['settings']['seed']}"
     )
 
@@ -72,7 +57,7 @@ def _perplexity_rows(report: dict[str, Any]) -> str:
         for entry in entries
     ]
     headings = ["model", *domains, "mean", "geometric mean", "tokens seen"]
-    return _table(headings, rows, best=means.index(min(means)))
+    return table(headings, rows, best=means.index(min(means)))
 
 
 def _cost_rows(report: dict[str, Any]) -> str:
@@ -81,7 +66,7 @@ def _cost_rows(report: dict[str, Any]) -> str:
     names = ["dense" if name == "dense" else name.upper() for name in report["latency"]]
     rows = [[label, *figures] for label, figures in cost_figures(report).items()]
     settings = report["settings"]
-    return _table(["", *names], rows) + (
+    return table(["", *names], rows) + (
         f"<p class='small'>FLOPs at a context of {settings['row_length']} tokens, causal; latency of one "
         f"sequence in {escape(report['latency']['dense'][0]['dtype'])}, medians of two rounds in opposite "
         "orders. Decoding reads every active weight, so it follows bytes more than FLOPs.</p>"
@@ -114,17 +99,4 @@ def _texts(report: dict[str, Any]) -> str:
         ]
         for domain in report["domains"]
     ]
-    return _table(headings, rows) + "<p class='small'>No document gives tokens to two of the parts.</p>"
-
-
-def _list(sentences: list[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
-
-
-def _table(headings: list[str], rows: list[list[str]], best: int | None = None) -> str:
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
-    body = ""
-    for number, row in enumerate(rows):
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
-        body += f"<tr class='best'>{cells}</tr>" if number == best else f"<tr>{cells}</tr>"
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return table(headings, rows) + "<p class='small'>No document gives tokens to two of the parts.</p>"

@@ -1,11 +1,11 @@
 """The report's figures, as SVG text that stands in the page itself."""
 
-import io
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from ..html import GRID, plain_axes, svg
 
 KIND_COLOURS = {
     "dense": "#5b6573",
@@ -16,7 +16,6 @@ KIND_COLOURS = {
     "untuned": "#e3a587",
     "mixture": "#c8431b",
 }
-GRID = "#e4e7eb"
 
 
 def perplexity_figure(report: dict[str, Any]) -> str:
@@ -39,12 +38,12 @@ def perplexity_figure(report: dict[str, Any]) -> str:
         spread = max(values) - min(values)
         axes.set_xlim(min(values) - 0.12 * spread, max(values) + 0.38 * spread)
         axes.set_title("mean over domains" if column == "mean" else column, fontsize=10, fontweight="bold")
-        _plain(axes)
+        plain_axes(axes)
     panels[0].set_yticks(list(heights), [entry["title"] for entry in models.values()], fontsize=9)
     figure.supxlabel(
         "held-out perplexity (lower is better); dashed: dense source tuned on the same tokens", fontsize=9
     )
-    return _svg(figure)
+    return svg(figure)
 
 
 def routing_figure(report: dict[str, Any]) -> str:
@@ -76,7 +75,7 @@ def routing_figure(report: dict[str, Any]) -> str:
     figure.supxlabel(
         f"expert, by the specialist it came from; an even router gives each {even:.0%}", fontsize=9
     )
-    return _svg(figure)
+    return svg(figure)
 
 
 def training_figure(report: dict[str, Any]) -> str:
@@ -98,9 +97,9 @@ def training_figure(report: dict[str, Any]) -> str:
         axes.set_xlabel("tokens", fontsize=9)
         axes.set_ylabel("loss (nats per token)", fontsize=9)
         axes.legend(fontsize=8, frameon=False)
-        _plain(axes)
+        plain_axes(axes)
         axes.grid(axis="y", color=GRID, linewidth=0.8)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _loss_line(axes: Axes, training: dict[str, Any], label: str, colour: str) -> None:
@@ -127,20 +126,3 @@ def _kind(name: str) -> str:
     if name.endswith("-untuned"):
         return "untuned"
     return name if name in KIND_COLOURS else "mixture"
-
-
-def _plain(axes: Axes) -> None:
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color("#9aa5b1")
-    axes.tick_params(length=0, labelsize=8)
-    axes.grid(axis="x", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def _svg(figure: Figure) -> str:
-    """The figure as an <svg> element; the same figure gives the same text."""
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "demo", "font.family": "sans-serif"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]

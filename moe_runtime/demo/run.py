@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
+from ..progress import StageProgress
 from .checkpoint import smollm2_checkpoint
 from .pipeline import make_plan, make_stages
-from .progress import StageProgress
 from .report import build_report, print_report, write_report
 from .settings import DemoSettings
 from .stages import run_stages

@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from .progress import StageProgress
+from ..progress import StageProgress
 
 SOURCE_FOLDERS = ("moe_runtime", "moe_runtime_kernels", "upcycle")
 

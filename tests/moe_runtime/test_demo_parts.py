@@ -14,10 +14,10 @@ from moe_runtime.demo import text as text_module
 from moe_runtime.demo.checkpoint import smollm2_checkpoint
 from moe_runtime.demo.conclusions import conclude
 from moe_runtime.demo.evaluate import Evaluation, compare
-from moe_runtime.demo.progress import StageProgress
 from moe_runtime.demo.stages import Stage, run_stages
 from moe_runtime.demo.text import BUILT_IN, DOCUMENT_CHARACTERS, Domain, cut_rows, interleave, user_text
 from moe_runtime.demo.train import TrainSettings, parameter_groups, schedule, train
+from moe_runtime.progress import StageProgress
 
 LENGTH = 64
 
