@@ -43,10 +43,11 @@ class Bar:
 
 
 def find(suites: Suites, suite: str, **case: Any) -> Rows:
-    """Rows of a suite whose case has these values; at least one."""
+    """Rows of a suite whose case has these values and whose routing is uniform; at least one."""
     if suite not in suites:
         raise NotMeasuredError("not measured on an H100")
-    rows = [row for row in suites[suite] if all(row["case"].get(name) == case[name] for name in case)]
+    uniform = [row for row in suites[suite] if row["case"].get("routing", "uniform") == "uniform"]
+    rows = [row for row in uniform if all(row["case"].get(name) == case[name] for name in case)]
     if not rows:
         raise NotMeasuredError("the result has no such case")
     return rows

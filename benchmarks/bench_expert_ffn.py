@@ -25,11 +25,11 @@ LARGEST_ERROR_OF_PEERS = 8.0
 
 @pytest.mark.parametrize("direction", ["inference", "forward", "forward_backward"])
 @expert_cases()
-def bench_expert_ffn(compare, tiny, model, tokens, direction):
-    skip_other_sizes(model, tokens, tiny)
+def bench_expert_ffn(compare, tiny, model, tokens, routing, direction):
+    skip_other_sizes(model, tokens, routing, tiny)
     shape = EXPERTS[model]
     D, F, E, K = shape.D, shape.F, shape.E, shape.K
-    layer = make_layer(tokens, D, F, E, K, DEVICE)
+    layer = make_layer(tokens, D, F, E, K, DEVICE, routing=routing)
     sample = exact_sample(layer)
     leaves = [tensor.detach().requires_grad_(direction != "inference") for tensor in layer.parameters()]
 
@@ -59,7 +59,15 @@ def bench_expert_ffn(compare, tiny, model, tokens, direction):
     peers = expert_peers(layer.expert_TK, E, 6 * D * F)
     compare(
         "expert_ffn",
-        {"model": model, "direction": direction, "tokens": tokens, "width": D, "hidden": F, "experts": E}
+        {
+            "model": model,
+            "direction": direction,
+            "tokens": tokens,
+            "routing": routing,
+            "width": D,
+            "hidden": F,
+            "experts": E,
+        }
         | {"k": K, "dtype": "bfloat16"},
         fns,
         check=check,

@@ -17,11 +17,11 @@ LARGEST_ERROR = 1.0  # rms, in units of bfloat16's eps
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
 @pytest.mark.parametrize("projection", ["up", "down"])
 @expert_cases()
-def bench_grouped_gemm(compare, tiny, model, tokens, projection, direction):
-    skip_other_sizes(model, tokens, tiny)
+def bench_grouped_gemm(compare, tiny, model, tokens, routing, projection, direction):
+    skip_other_sizes(model, tokens, routing, tiny)
     shape = EXPERTS[model]
     D, F, E, K = shape.D, shape.F, shape.E, shape.K
-    layer = make_layer(tokens, D, F, E, K, DEVICE)
+    layer = make_layer(tokens, D, F, E, K, DEVICE, routing=routing)
     plan = make_plan(layer.expert_TK, E)
     if projection == "up":
         x, weight = gather_rows(layer.x_TD, plan), layer.gate_up_EGD
@@ -66,7 +66,14 @@ def bench_grouped_gemm(compare, tiny, model, tokens, projection, direction):
     )
     compare(
         "grouped_gemm",
-        {"model": model, "projection": projection, "direction": direction, "tokens": tokens, "rows": N}
+        {
+            "model": model,
+            "projection": projection,
+            "direction": direction,
+            "tokens": tokens,
+            "rows": N,
+            "routing": routing,
+        }
         | {"inner": I, "outer": O, "experts": E, "dtype": "bfloat16"},
         {"moe_runtime": lambda: call(lambda x, weight: grouped_gemm(x, weight, plan))},
         check=check,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.shapes import ROUTINGS
 from moe_runtime.config import FeedForwardConfig, RouterConfig
 from moe_runtime.feed_forward import DenseFeedForward, MoEFeedForward
 
@@ -19,6 +20,7 @@ SHAPES = {  # width, expert width, experts, experts per token
     "olmoe-1b-7b": (2048, 1024, 64, 8),
 }
 TINY = {"tiny": (32, 16, 4, 2)}
+SKEWED = ("smollm2-135m-8x", "tiny")  # timed with every routing, the others with a uniform one
 
 
 def equal_layers(D: int, F: int, E: int, K: int, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
@@ -39,15 +41,34 @@ def equal_layers(D: int, F: int, E: int, K: int, dtype: torch.dtype) -> dict[str
     return {name: layer.to(DEVICE, dtype).eval() for name, layer in layers.items()}
 
 
+@torch.no_grad()
+def route_like(layer: MoEFeedForward, routing: str) -> None:
+    """Random scores of unit variance, and those of expert e lower by log(1 + e) (zipf), or K far above all.
+
+    What is added is the weight of the first feature, which is 1 in every token.
+    """
+    weight_ED = layer.router.weight.normal_(std=layer.router.weight.shape[1] ** -0.5)
+    e_E = torch.arange(weight_ED.shape[0], device=weight_ED.device)
+    if routing == "zipf":
+        weight_ED[:, 0] -= (1 + e_E).log()
+    elif routing == "one_hot":
+        weight_ED[: layer.router.config.experts_per_token, 0] += 100
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tokens", [1, 512])
 @pytest.mark.parametrize("shape", [*SHAPES, *TINY])
-def bench_moe_layer(compare, tiny, shape, tokens, dtype):
+def bench_moe_layer(compare, tiny, shape, tokens, dtype, routing):
     if (shape in TINY) != tiny:
         pytest.skip("the other size of shapes was asked for")
+    if routing != "uniform" and (shape not in SKEWED or tokens == 1):
+        pytest.skip("one shape shows what routing does")
     D, F, E, K = {**SHAPES, **TINY}[shape]
     layers = equal_layers(D, F, E, K, dtype)
+    route_like(layers["moe"], routing)
     x_BLD = torch.randn(1, tokens, D).to(DEVICE, dtype)
+    x_BLD[..., 0] = 1
 
     def output(name: str) -> Tensor:
         layer = layers[name]
@@ -68,6 +89,7 @@ def bench_moe_layer(compare, tiny, shape, tokens, dtype):
                 "shape": shape,
                 "dtype": str(dtype).removeprefix("torch."),
                 "tokens": tokens,
+                "routing": routing,
                 "experts": E,
                 "k": K,
             },

@@ -49,15 +49,33 @@ class Sample:
         return errors
 
 
-def make_layer(T: int, D: int, F: int, E: int, K: int, device: str, seed: int = 0) -> Layer:
-    """Random numbers of the sizes they have in a model, and an even random routing; bfloat16."""
+def choose_experts(T: int, E: int, K: int, routing: str, g: torch.Generator) -> Tensor:
+    """K distinct experts of each token, int32 [T, K].
+
+    uniform: all alike; zipf: drawn with odds 1 / (1 + e), so that expert 0 is the busiest; one_hot: the same
+    K experts for every token.
+    """
+    if routing == "one_hot":
+        return torch.arange(K, dtype=torch.int32, device=g.device).repeat(T, 1)
+    uniform_TE = torch.rand(T, E, generator=g, device=g.device)
+    if routing == "uniform":
+        return uniform_TE.topk(K, dim=1).indices.int()
+    # the K largest of log odds and Gumbel noise are a draw without replacement
+    odds_E = 1 / torch.arange(1, E + 1, device=g.device)
+    return (odds_E.log() - (-uniform_TE.log()).log()).topk(K, dim=1).indices.int()
+
+
+def make_layer(
+    T: int, D: int, F: int, E: int, K: int, device: str, seed: int = 0, routing: str = "uniform"
+) -> Layer:
+    """Random numbers of the sizes they have in a model, and a routing; bfloat16."""
     g = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(*shape, generator=g, device=device)).to(torch.bfloat16)
 
     gate_up_EGD, down_EDF = normal(E, 2 * F, D, scale=D**-0.5), normal(E, D, F, scale=F**-0.5)
-    expert_TK = torch.rand(T, E, generator=g, device=device).topk(K, dim=1).indices.int()
+    expert_TK = choose_experts(T, E, K, routing, g)
     weight_TK = torch.randn(T, K, generator=g, device=device).softmax(1)
     return Layer(normal(T, D), gate_up_EGD, down_EDF, weight_TK, expert_TK, normal(T, D))
 

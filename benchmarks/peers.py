@@ -29,6 +29,7 @@ LIBRARIES = {
     "moe-ops": "moe_ops",
     "sonic-moe": "sonicmoe",
     "scattermoe": "scattermoe",
+    "momoe": "MoMoE",
     "megablocks": "megablocks",
     "triton-kernels": "triton_kernels",
 }
@@ -329,6 +330,22 @@ def scattermoe_experts(expert_TK: Tensor, num_experts: int) -> Experts:
     return experts
 
 
+def moe_ops_experts(expert_TK: Tensor, num_experts: int) -> Experts:
+    """moe-ops' parts in a row; between its two products PyTorch applies the gate."""
+    require("moe-ops")
+    from moe_ops import grouped_gemm, permute, unpermute
+
+    T, K = expert_TK.shape
+
+    def experts(x_TD: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weight_TK: Tensor) -> Tensor:
+        x_ND, row_map, start = permute(x_TD, expert_TK, E=num_experts)
+        gate, up = grouped_gemm(x_ND, gate_up_proj, start, True).chunk(2, dim=-1)
+        y_ND = grouped_gemm(F.silu(gate) * up, down_proj, start, True)
+        return unpermute(y_ND, row_map, weight_TK, T, K)
+
+    return experts
+
+
 def no_adaptor(distribution: str, reason: str) -> Experts:
     """A library that this file cannot call; "not installed" comes first."""
     require(distribution)
@@ -345,6 +362,8 @@ def expert_peers(expert_TK: Tensor, num_experts: int, weight_bytes: int) -> Peer
             "liger": lambda: liger_experts(expert_TK),
             "sonicmoe": lambda: sonicmoe_experts(expert_TK, num_experts),
             "scattermoe": lambda: scattermoe_experts(expert_TK, num_experts),
+            "moe_ops": lambda: moe_ops_experts(expert_TK, num_experts),
+            "momoe": lambda: no_adaptor("momoe", "it keeps its weights in a layout of its own"),
             "megablocks": lambda: no_adaptor("megablocks", "it keeps gate and up in separate weights"),
             "triton_kernels": lambda: no_adaptor("triton-kernels", "its calls change with every release"),
         }

@@ -50,22 +50,25 @@ MIXES = {
 _GPU = {"qwen3-30b-a3b": (1, 16, 128, 1024, 8192, 32768)} | dict.fromkeys(
     ("olmoe-1b-7b", "qwen3-next-80b-a3b", "gpt-oss-20b", "mixtral-8x7b"), (128, 8192)
 )
-CASES = {
-    "gpu": [(model, tokens) for model, sizes in _GPU.items() for tokens in sizes],
-    "cpu": [("smollm2-135m-8x", 1), ("smollm2-135m-8x", 64)],
-    "tiny": [("tiny", 24)],
+ROUTINGS = ("uniform", "zipf", "one_hot")  # benchmarks/exact.py draws them
+_SKEWED = ("qwen3-30b-a3b", 8192)
+CASES = {  # model, tokens, routing
+    "gpu": [(model, tokens, "uniform") for model, sizes in _GPU.items() for tokens in sizes]
+    + [(*_SKEWED, routing) for routing in ROUTINGS[1:]],
+    "cpu": [("smollm2-135m-8x", 1, "uniform")] + [("smollm2-135m-8x", 64, routing) for routing in ROUTINGS],
+    "tiny": [("tiny", 24, routing) for routing in ROUTINGS],
 }
 
 
 def expert_cases():
-    """Decorator: `model` and `tokens` of every case; `skip_other_sizes` leaves those to be run."""
+    """Decorator: `model`, `tokens` and `routing` of every case; `skip_other_sizes` leaves those to be run."""
     every = [case for cases in CASES.values() for case in cases]
-    ids = [f"{model}-{tokens}" for model, tokens in every]
-    return pytest.mark.parametrize(("model", "tokens"), every, ids=ids)
+    ids = ["-".join(map(str, case)) for case in every]
+    return pytest.mark.parametrize(("model", "tokens", "routing"), every, ids=ids)
 
 
-def skip_other_sizes(model: str, tokens: int, tiny: bool) -> None:
+def skip_other_sizes(model: str, tokens: int, routing: str, tiny: bool) -> None:
     """Only the cases of what there is: of a GPU, of a CPU, or the tiny ones that were asked for."""
     kind = "tiny" if tiny else "gpu" if torch.cuda.is_available() else "cpu"
-    if (model, tokens) not in CASES[kind]:
+    if (model, tokens, routing) not in CASES[kind]:
         pytest.skip("the sizes of another device were not asked for")

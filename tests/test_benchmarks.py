@@ -14,6 +14,8 @@ from moe_runtime_kernels import route_topk
 
 from benchmarks import conftest, peers
 from benchmarks.alternate import Timing, time_alternately
+from benchmarks.bars import find
+from benchmarks.bench_moe_layer import equal_layers, route_like
 from benchmarks.conftest import (
     ROWS,
     check_repeats,
@@ -23,10 +25,10 @@ from benchmarks.conftest import (
     usable,
     write_results,
 )
-from benchmarks.exact import RESULTS, exact_sample, make_layer
+from benchmarks.exact import RESULTS, choose_experts, exact_sample, make_layer
 from benchmarks.floor import Work, expert_backward_work, expert_forward_work, product_grads_work, product_work
 from benchmarks.handover import hand_over
-from benchmarks.shapes import CASES, EXPERTS
+from benchmarks.shapes import CASES, EXPERTS, ROUTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,7 +77,7 @@ def test_suites_run_and_write_results(tiny_run):
         assert row["floor_share"]["moe_runtime"] == pytest.approx(row["floor_s"] / seconds)
         assert set(row["errors"]) == set(row["timings"]) == set(row["timed_by"])
     every = {"transformers_eager", "transformers_grouped_mm", "transformers_batched_mm", "liger", "sonicmoe"}
-    every |= {"moe_runtime", "scattermoe", "megablocks", "triton_kernels"}
+    every |= {"moe_runtime", "scattermoe", "moe_ops", "momoe", "megablocks", "triton_kernels"}
     for row in files["expert_ffn"]["rows"]:
         both = {"moe_runtime_recompute"} if row["case"]["direction"] == "forward_backward" else set()
         found = set(row["timings"]) | set(row["not_timed"])
@@ -146,6 +148,8 @@ def test_a_library_that_is_not_there_is_named_with_the_reason(monkeypatch):
         "liger": "liger-kernel is not installed",
         "sonicmoe": "sonic-moe is not installed",
         "scattermoe": "scattermoe is not installed",
+        "moe_ops": "moe-ops is not installed",
+        "momoe": "momoe is not installed",
         "megablocks": "megablocks is not installed",
         "triton_kernels": "triton-kernels is not installed",
     }
@@ -279,8 +283,38 @@ def test_results_are_written_row_by_row_and_keep_cases_measured_before(tmp_path,
 
 
 def test_shapes_of_every_device_are_named():
-    assert {model for cases in CASES.values() for model, _ in cases} <= set(EXPERTS)
-    assert ("qwen3-30b-a3b", 32768) in CASES["gpu"]
+    assert {model for cases in CASES.values() for model, *_ in cases} <= set(EXPERTS)
+    assert ("qwen3-30b-a3b", 32768, "uniform") in CASES["gpu"]
+
+
+def test_routings_are_what_they_are_called():
+    T, E, K = 4000, 16, 2
+    share = {}
+    for routing in ROUTINGS:
+        expert_TK = choose_experts(T, E, K, routing, torch.Generator().manual_seed(0))
+        assert (expert_TK.sort(1).values.diff(dim=1) > 0).all(), "a token has an expert twice"
+        share[routing] = torch.bincount(expert_TK.flatten(), minlength=E) / T
+        layer = equal_layers(32, 16, E, K, torch.float32)["moe"]
+        route_like(layer, routing)
+        x_TD = torch.randn(T, 32, generator=torch.Generator().manual_seed(0))
+        x_TD[:, 0] = 1
+        share[f"{routing} of a layer"] = layer.router(x_TD).count_E / T
+    for where in ("", " of a layer"):
+        assert share[f"uniform{where}"].max() < 1.6 * K / E
+        assert share[f"zipf{where}"].argmax() == 0
+        assert share[f"zipf{where}"][0] > 4 * share[f"zipf{where}"][E // 2 :].mean()
+        assert share[f"one_hot{where}"].tolist() == [1] * K + [0] * (E - K)
+    # of two draws without replacement with odds 1, 1/2, …: first, or second after another
+    odds = (1 / torch.arange(1, E + 1)).double()
+    odds = odds / odds.sum()
+    exact = odds[0] + (odds[1:] * odds[0] / (1 - odds[1:])).sum()
+    assert share["zipf"][0].item() == pytest.approx(exact.item(), abs=0.03)
+
+
+def test_bars_are_of_uniform_routing():
+    uniform, skewed, earlier = ({"case": {"tokens": 1, "routing": name}} for name in ("uniform", "zipf", ""))
+    del earlier["case"]["routing"]  # a result of before there were others
+    assert find({"plan": [skewed, uniform, earlier]}, "plan", tokens=1) == [uniform, earlier]
 
 
 def test_one_round_has_no_spread():
