@@ -17,6 +17,7 @@ _HOME = {
     "Experts": "layers",
     "MixtureOfAttention": "layers",
     "MoEFeedForward": "layers",
+    "ParallelBlock": "layers",
     "SoftRouter": "layers",
     "TopKRouter": "layers",
     "TopKSoftRouter": "layers",

@@ -66,3 +66,16 @@ class Block(nn.Module):
             return BlockOutput(self.mlp(n_BLD, residual_BLD), None, None, None)
         y_BLD, routing = self.mlp(n_BLD, residual_BLD, token_mask_BL)
         return BlockOutput(y_BLD, routing.balance_loss, routing.z_loss, routing.count_E)
+
+
+class ParallelBlock(Block):
+    """y = x + attention(n) + feed_forward(n), n = norm(x): a Block whose config must say "parallel".
+
+    Both branches read the same n, or with `num_norms` 2 each a norm of its own, and are added once. Source:
+    BAM, Zhang et al. 2024.
+    """
+
+    def __init__(self, config: BlockConfig, attend: nn.Module | None = None) -> None:
+        if config.kind != "parallel":
+            raise ValueError(f"kind must be 'parallel' for a ParallelBlock, got {config.kind!r}; use Block")
+        super().__init__(config, attend)

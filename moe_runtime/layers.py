@@ -1,7 +1,7 @@
 """The layers, each usable alone in any PyTorch model."""
 
 from moe_runtime.attention import CausalAttention, MixtureOfAttention, rotary_tables
-from moe_runtime.block import Block, BlockOutput
+from moe_runtime.block import Block, BlockOutput, ParallelBlock
 from moe_runtime.experts import Experts
 from moe_runtime.feed_forward import DenseFeedForward, MoEFeedForward
 from moe_runtime.losses import load_balancing_loss, mean_gate_balance_loss, z_loss
@@ -18,6 +18,7 @@ __all__ = [
     "LayerNorm",
     "MixtureOfAttention",
     "MoEFeedForward",
+    "ParallelBlock",
     "RMSNorm",
     "Routing",
     "SoftRouter",

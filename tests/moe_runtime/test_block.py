@@ -5,7 +5,7 @@ import torch
 from tiny_models import assert_equal_up_to_rounding, assert_same_function, perturb, randn
 
 from moe_runtime.attention import rotary_tables
-from moe_runtime.block import Block
+from moe_runtime.block import Block, ParallelBlock
 from moe_runtime.config import AttentionConfig, BlockConfig, FeedForwardConfig, RouterConfig
 from moe_runtime.norms import LayerNorm, RMSNorm, make_norm
 
@@ -126,3 +126,13 @@ def test_norm_kinds():
     assert isinstance(make_norm("rms_norm", D, eps=1e-6), RMSNorm)
     assert make_norm("layer_norm", D, eps=1e-6).bias is None
     assert isinstance(make_norm("layer_norm", D, eps=1e-6, bias=True), LayerNorm)
+
+
+def test_a_parallel_block_is_the_block_of_that_kind_and_no_other():
+    plain = block(4, kind="parallel", num_norms=1)
+    parallel = ParallelBlock(plain.block_config)
+    parallel.load_state_dict(plain.state_dict())
+    x_BLD = randn(B, L, D)
+    assert torch.equal(parallel(x_BLD, rotary(x_BLD)).x_BLD, plain(x_BLD, rotary(x_BLD)).x_BLD)
+    with pytest.raises(ValueError, match=r"kind must be 'parallel' for a ParallelBlock, got 'sequential'"):
+        ParallelBlock(block().block_config)
