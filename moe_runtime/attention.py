@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from moe_runtime.config import AttentionConfig
 from moe_runtime.linear import Linear
 from moe_runtime.norms import make_norm
+from moe_runtime.packing import check_packed, flash_attention, flash_takes, same_document
 from moe_runtime.routers import INITIAL_STD, SoftRouter, TopKSoftRouter
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin, [B or 1, L, R], of the R rotated pairs of every head; float32
@@ -316,24 +317,44 @@ def _places(expert_TK: Tensor, Q: int) -> Tensor:
 
 
 class CausalAttention(nn.Module):
-    """softmax(q kᵀ / sqrt(P)) v over the current and earlier positions, at most `sliding_window` of them."""
+    """softmax(q kᵀ / sqrt(P)) v over the current and earlier positions, at most `sliding_window` of them.
+
+    With `cu_seqlens` and `max_seqlen` the row is a packed batch, whose documents attend to themselves only;
+    see `moe_runtime.packing`.
+    """
 
     def __init__(self, sliding_window: int | None = None) -> None:
         super().__init__()
         self.sliding_window = sliding_window
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
-        L = query.shape[2]
-        mask_LL = None
-        if self.sliding_window is not None and self.sliding_window < L:
-            position_L = torch.arange(L, device=query.device)
-            age_LL = position_L[:, None] - position_L
-            mask_LL = (age_LL >= 0) & (age_LL < self.sliding_window)
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> tuple[Tensor, None]:
+        check_packed(query, cu_seqlens, max_seqlen)
+        if cu_seqlens is not None and max_seqlen is not None and flash_takes(query):
+            return flash_attention(query, key, value, cu_seqlens, max_seqlen, self.sliding_window), None
+        mask_LL = self._mask(query, cu_seqlens)
         grouped = query.shape[1] != key.shape[1]
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask_LL, is_causal=mask_LL is None, enable_gqa=grouped
         )
         return out.transpose(1, 2), None
+
+    def _mask(self, query: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+        """What a position sees; None for all earlier ones."""
+        L = query.shape[2]
+        window = L if self.sliding_window is None else self.sliding_window
+        if cu_seqlens is None and window >= L:
+            return None
+        position_L = torch.arange(L, device=query.device)
+        age_LL = position_L[:, None] - position_L
+        mask_LL = (age_LL >= 0) & (age_LL < window)
+        return mask_LL if cu_seqlens is None else mask_LL & same_document(cu_seqlens, L)
 
 
 def rotary_tables(position_BL: Tensor, rotated_width: int, theta: float = 10000.0) -> Rotary:

@@ -31,6 +31,7 @@ from moe_runtime.block import Block, BlockOutput
 from moe_runtime.experts import Experts
 from moe_runtime.linear import Linear
 from moe_runtime.norms import make_norm
+from moe_runtime.packing import packed_positions
 from moe_runtime.publishing import AUTO_MAP
 from moe_runtime.routers import SoftRouter, TopKRouter, TopKSoftRouter
 
@@ -105,6 +106,15 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2), weights
 
 
+def _check_flash_dtype(implementation: str, query: Tensor) -> None:
+    """transformers would look for the dtype of a Linear below the attention, and there is none."""
+    if query.dtype == torch.float32 and not torch.is_autocast_enabled(query.device.type):
+        raise ValueError(
+            f"attn_implementation {implementation!r} needs a model in float16 or bfloat16, or autocast, got "
+            "float32; load it with dtype=torch.bfloat16"
+        )
+
+
 class MoeRuntimeAttention(nn.Module):
     """The attention call of one layer: its cache, and the kernel that `config._attn_implementation` names.
 
@@ -135,9 +145,12 @@ class MoeRuntimeAttention(nn.Module):
         """query [B, heads, L, P], key, value [B, kv heads, L, P] -> [B, L, heads, P], weights if eager."""
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        implementation = self.config._attn_implementation
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            implementation, eager_attention_forward
         )
+        if implementation.startswith("flash_attention"):
+            _check_flash_dtype(implementation, query)
         return attention_interface(
             self,
             query,
@@ -278,6 +291,9 @@ class MoeRuntimeModel(MoeRuntimePreTrainedModel):
     ) -> MoeRuntimeModelOutput:
         """Hidden states of token ids, or of embeddings, [B, L, D].
 
+        Positions that restart within a row, or transformers' `cu_seq_lens_q`, pack documents that do not see
+        each other; without an `attention_mask`, whose presence hides them from transformers.
+
         Raises:
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
         """
@@ -286,13 +302,17 @@ class MoeRuntimeModel(MoeRuntimePreTrainedModel):
             raise ValueError(f"exactly one of input_ids and inputs_embeds must be given, got {given}")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        B, L = inputs_embeds.shape[:2]
+        if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
+            position_ids = packed_positions(kwargs["cu_seq_lens_q"], B * L).view(B, L)
+        # Before a cache is made and positions are filled in: positions that are given, and no cache, are what
+        # transformers finds packed documents by, which waits for the device.
+        mask_by_type = self._masks(attention_mask, inputs_embeds, past_key_values, position_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        L = inputs_embeds.shape[1]
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(L, device=inputs_embeds.device) + seen).unsqueeze(0)
-        mask_by_type = self._masks(attention_mask, inputs_embeds, past_key_values, position_ids)
         x_BLD = inputs_embeds
         rotary = self.rotary_emb(x_BLD, position_ids=position_ids)
         token_mask_BL = _token_mask(attention_mask, L)
@@ -326,7 +346,7 @@ class MoeRuntimeModel(MoeRuntimePreTrainedModel):
         attention_mask: Tensor | dict[str, Any] | None,
         inputs_embeds: Tensor,
         past_key_values: Cache | None,
-        position_ids: Tensor,
+        position_ids: Tensor | None,
     ) -> dict[str, Any]:
         """The mask of each layer type in the form that the attention implementation wants."""
         if isinstance(attention_mask, dict):  # generate() made them already

@@ -1,0 +1,121 @@
+"""Packed batches: documents of different lengths one after another in one row, of which none sees another.
+
+`cu_seqlens [documents + 1]`, int32 on the device, are the ends of the documents after a leading 0, as
+flash-attn has them: document i has the tokens from cu_seqlens[i] up to cu_seqlens[i + 1]. The last one is L,
+which nothing checks, because that would wait for the device. Attention is flash-attn's for documents of
+different lengths where it is installed and takes the tensors; elsewhere a mask [L, L] keeps documents apart.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+FLASH_DEVICES = ("cuda",)
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+FLASH_WIDTHS = range(8, 257, 8)
+
+
+def packed_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """position_BL [1, num_tokens], int64: of each token in its own document, for `rotary_tables`.
+
+    Args:
+        cu_seqlens: see above; a document may be empty.
+        num_tokens: L, all documents together.
+
+    Raises:
+        ValueError: cu_seqlens is not int32 with one axis.
+    """
+    _check_cu_seqlens(cu_seqlens)
+    token_L, document_L = _documents(cu_seqlens, num_tokens)
+    return (token_L - cu_seqlens[document_L]).long().unsqueeze(0)
+
+
+def same_document(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """bool [num_tokens, num_tokens]: whether two tokens are of one document."""
+    _, document_L = _documents(cu_seqlens, num_tokens)
+    return document_L[:, None] == document_L
+
+
+def _documents(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Tokens 0 to L - 1, and which document each is of."""
+    token_L = torch.arange(num_tokens, device=cu_seqlens.device, dtype=torch.int32)
+    return token_L, torch.searchsorted(cu_seqlens, token_L, right=True) - 1
+
+
+def check_packed(query: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> None:
+    """Both or neither are given, in the form that flash-attn takes, with one row of tokens.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if cu_seqlens is None:
+        if max_seqlen is not None:
+            raise ValueError(f"cu_seqlens must be given with max_seqlen ({max_seqlen}), got None")
+        return
+    _check_cu_seqlens(cu_seqlens)
+    if type(max_seqlen) is not int:
+        raise ValueError(
+            "max_seqlen must be the length of the longest document as a number on the host, so that nothing "
+            f"waits for the device; got {'None' if max_seqlen is None else type(max_seqlen).__name__}"
+        )
+    if query.shape[0] != 1:
+        raise ValueError(
+            f"x must be one row [1, L, D] that holds all documents with cu_seqlens, got {query.shape[0]} rows"
+        )
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor) -> None:
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
+        raise ValueError(
+            "cu_seqlens must be int32 of shape (documents + 1,), got "
+            f"{str(cu_seqlens.dtype).removeprefix('torch.')} of shape {tuple(cu_seqlens.shape)}"
+        )
+
+
+def flash_takes(query: Tensor) -> bool:
+    """Whether flash-attn is installed and its kernels take tensors [1, heads, L, P] like this one."""
+    fits = query.dtype in FLASH_DTYPES and query.shape[-1] in FLASH_WIDTHS and query.shape[2] > 0
+    return query.device.type in FLASH_DEVICES and fits and _flash_attn_varlen_func() is not None
+
+
+@cache
+def _flash_attn_varlen_func() -> Callable | None:
+    """That of FlashAttention 3, else 2, else None."""
+    if find_spec("flash_attn_interface") is not None:
+        return import_module("flash_attn_interface").flash_attn_varlen_func
+    # FlashAttention 4 has a package of this name too, without the module
+    if find_spec("flash_attn") is not None and find_spec("flash_attn.flash_attn_interface") is not None:
+        return import_module("flash_attn.flash_attn_interface").flash_attn_varlen_func
+    return None
+
+
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    sliding_window: int | None,
+) -> Tensor:
+    """Causal attention of each document by flash-attn: query [1, heads, L, P], key and value [1, kv heads, L,
+    P] -> [1, L, heads, P].
+    """
+    varlen = _flash_attn_varlen_func()
+    assert varlen is not None
+    attended = varlen(
+        *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),  # [L, heads, P]
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        softmax_scale=query.shape[-1] ** -0.5,
+        causal=True,
+        window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),  # besides the token
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    # early versions of FlashAttention 3 return the softmax's logarithms too
+    return (attended[0] if isinstance(attended, tuple) else attended).unsqueeze(0)
