@@ -21,6 +21,7 @@ QKNorm = Norm | None
 BlockKind = Literal["sequential", "parallel"]
 NumNorms = Literal[1, 2]
 LayerType = Literal["full_attention", "sliding_attention"]
+ExpertsBackend = Literal["moe_runtime", "megablocks"]
 
 
 def _check_choice(name: str, value: object, choices: object) -> None:
@@ -105,6 +106,7 @@ class FeedForwardConfig:
     shared_gate: bool = False  # Qwen2-MoE: the shared expert is scaled by sigmoid(x @ shared_expert_gate)
     expert_dropout: float = 0.0  # on expert hidden activations, in training only (FLAN-MoE)
     recompute_experts: bool = False  # backward computes the experts' hidden pre-activations again
+    experts_backend: ExpertsBackend = "moe_runtime"  # whose grouped products; megablocks has to be installed
 
     def __post_init__(self) -> None:
         _check_positive(self, "hidden_size", "intermediate_size")
@@ -116,6 +118,13 @@ class FeedForwardConfig:
                 "recompute_experts must be False with expert_dropout, whose mask falls on what would be "
                 f"recomputed, got expert_dropout={self.expert_dropout}"
             )
+        _check_choice("experts_backend", self.experts_backend, ExpertsBackend)
+        if self.experts_backend == "megablocks":
+            for name in ("bias", "recompute_experts"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name} must be False with experts_backend 'megablocks', which has neither, got True"
+                    )
         if self.shared_intermediate_size < 0:
             raise ValueError(
                 f"shared_intermediate_size must not be negative, got {self.shared_intermediate_size}"
@@ -255,6 +264,7 @@ class ModelConfig:
     shared_expert_gate: bool = False
     expert_dropout: float = 0.0
     recompute_experts: bool = False
+    experts_backend: ExpertsBackend = "moe_runtime"
     # router
     router_score: Score = "softmax"
     router_gate: Gate = "renorm"
@@ -386,6 +396,7 @@ class ModelConfig:
             shared_gate=self.shared_expert_gate if moe else False,
             expert_dropout=self.expert_dropout if moe else 0.0,
             recompute_experts=self.recompute_experts if moe else False,
+            experts_backend=self.experts_backend if moe else "moe_runtime",
         )
 
     def block_config(self, layer: int) -> BlockConfig:

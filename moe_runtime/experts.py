@@ -8,6 +8,7 @@ from moe_runtime_kernels import (
     RoutingPlan,
     combine,
     expert_ffn,
+    gather_rows,
     gathered_grouped_gemm,
     grouped_gemm,
     make_plan,
@@ -15,6 +16,7 @@ from moe_runtime_kernels import (
 from torch import Tensor, nn
 
 from moe_runtime.config import Activation, FeedForwardConfig
+from moe_runtime.megablocks_backend import check_tensors, load_gmm, rows_per_expert
 from moe_runtime.routers import INITIAL_STD
 
 
@@ -48,6 +50,8 @@ class Experts(nn.Module):
             raise ValueError("router must be a RouterConfig for a layer with experts, got None")
         E, F_, D = config.router.num_experts, config.intermediate_size, config.hidden_size
         G = 2 * F_ if config.gated else F_
+        if config.experts_backend == "megablocks":
+            load_gmm()  # what is missing is said before there are weights
         self.config = config
         self.num_experts = E
         self.gate_up_proj = nn.Parameter(torch.empty(E, G, D))
@@ -72,6 +76,8 @@ class Experts(nn.Module):
             residual_TD: added in the last step of the fused layer, which saves one pass over the output.
         """
         plan = make_plan(expert_TK.int(), self.num_experts)
+        if self.config.experts_backend == "megablocks":
+            return self._by_megablocks(x_TD, weight_TK, plan, residual_TD)
         if self.training and self.config.expert_dropout > 0:
             return self._with_dropout(x_TD, weight_TK, plan, residual_TD)
         return expert_ffn(
@@ -97,6 +103,20 @@ class Experts(nn.Module):
         return combine(
             grouped_gemm(hidden_NF, self.down_proj, plan, self.down_bias), weight_TK, plan, residual_TD
         )
+
+    def _by_megablocks(
+        self, x_TD: Tensor, weight_TK: Tensor, plan: RoutingPlan, residual_TD: Tensor | None
+    ) -> Tensor:
+        """The same layer with the products of megablocks."""
+        if hasattr(self, "expert_lora"):
+            raise ValueError("experts_backend must be 'moe_runtime' with expert_lora, got 'megablocks'")
+        check_tensors(x_TD, self.gate_up_proj)
+        gmm, rows_E = load_gmm(), rows_per_expert(plan)
+        h_NG = gmm(gather_rows(x_TD, plan), self.gate_up_proj, rows_E, trans_b=True)
+        hidden_NF = activate(h_NG, self.config.activation, self.config.gated)
+        hidden_NF = F.dropout(hidden_NF, self.config.expert_dropout, self.training)
+        y_ND = gmm(hidden_NF, self.down_proj, rows_E, trans_b=True)
+        return combine(y_ND, weight_TK, plan, residual_TD)
 
     def extra_repr(self) -> str:
         E, D, F_ = self.down_proj.shape

@@ -21,6 +21,7 @@ EMPTY_SHARED_WIDTH = 64
 _NOT_THE_FUNCTION = (
     "expert_dropout",
     "recompute_experts",
+    "experts_backend",
     "router_balance_over",
     "router_aux_only",
     "router_aux_loss_coef",
