@@ -21,8 +21,10 @@ _HOME = {
     "SoftRouter": "layers",
     "TopKRouter": "layers",
     "TopKSoftRouter": "layers",
+    "accelerate_model": "hf.accelerate",
     "load_balancing_loss": "layers",
     "mean_gate_balance_loss": "layers",
+    "register": "hf.experts_interface",
     "z_loss": "layers",
 }
 
