@@ -14,7 +14,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["moe_runtime_kernels", "moe_runtime", "moe_runtime.hf", "moe_runtime.demo", "upcycle"],
+    packages=[
+        "moe_runtime_kernels",
+        "moe_runtime",
+        "moe_runtime.hf",
+        "moe_runtime.demo",
+        "moe_runtime.profile",
+        "upcycle",
+    ],
     package_dir={"moe_runtime_kernels": "kernels/moe_runtime_kernels"},
     package_data={
         "moe_runtime_kernels": ["py.typed"],

@@ -13,6 +13,7 @@ from upcycle.cli import upcycle_command, verify_command
 
 from .config import ModelConfig
 from .demo.cli import demo_command
+from .profile.cli import profile_command
 from .shapes import SHAPES, named_shape
 
 app = typer.Typer(
@@ -194,6 +195,7 @@ def generate_command(
 # --- commands of other parts ---
 
 app.command("demo", epilog="Example: moe-runtime demo --text contracts=my/contracts.txt")(demo_command)
+app.command("profile", epilog="Example: moe-runtime profile runs/copy --html")(profile_command)
 app.command("upcycle", epilog="Example: moe-runtime upcycle upcycle/recipes/btx.yaml --dry-run")(
     upcycle_command
 )

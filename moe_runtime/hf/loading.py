@@ -101,16 +101,17 @@ def _checkpoint_folder(path: str | Path) -> Path:
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} must hold a config.json, and has none")
-    model_type = _json_object(file).get("model_type")
+    model_type = json_object(file).get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(f"model_type in {file} must be one that transformers knows, got {model_type!r}")
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file() and not isinstance(_json_object(index).get("weight_map"), dict):
+    if index.is_file() and not isinstance(json_object(index).get("weight_map"), dict):
         raise ValueError(f"{index} must have a 'weight_map' from tensors to files, and has none")
     return folder
 
 
-def _json_object(file: Path) -> dict[str, Any]:
+def json_object(file: Path) -> dict[str, Any]:
+    """What the file holds. Raises ValueError, naming it, if that is not one JSON object."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

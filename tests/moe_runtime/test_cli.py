@@ -17,7 +17,7 @@ from moe_runtime.flops import model_parameters
 from moe_runtime.shapes import SHAPES, named_shape
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("demo", "flops", "generate", "upcycle", "verify")
+COMMANDS = ("demo", "flops", "generate", "profile", "upcycle", "verify")
 
 
 @pytest.fixture

@@ -1,0 +1,121 @@
+"""The `profile` command of `moe-runtime`, as a plain function."""
+
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .settings import ProfileSettings, parse_sizes
+
+
+def profile_command(  # noqa: PLR0913 - every option of the command is an argument
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint folder; or a config.json or a named shape, which get random weights."
+        ),
+    ],
+    batch: Annotated[str, typer.Option(help="Sequences at once; several joined by commas.")] = "1",
+    prompt: Annotated[str, typer.Option(help="Tokens of a prompt; several joined by commas.")] = "32,128",
+    output: Annotated[str, typer.Option(help="Tokens that are made; several joined by commas.")] = "16",
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            help="Variants, joined by commas: implementations of the experts such as moe_runtime, grouped_mm "
+            "or eager, and dense, a dense model of equal active FLOPs. Default: moe_runtime,grouped_mm,dense."
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Timed runs of every variant for each size.")] = 3,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto (that of the file), float32, bfloat16 or float16.")
+    ] = "auto",
+    output_dir: Annotated[Path, typer.Option(help="Folder of report.json and report.html.")] = Path(
+        "runs/profile"
+    ),
+    html: Annotated[bool, typer.Option("--html", help="Write report.html with plots too.")] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a Chrome trace of the last size to this file.")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Time a model by step, layer and operation, on moe_runtime's kernels and on what else it can run on.
+
+    Variants of one model must agree in their logits before they are timed, in turns.
+    """
+    settings = ProfileSettings(
+        batches=parse_sizes("--batch", batch),
+        prompts=parse_sizes("--prompt", prompt),
+        outputs=parse_sizes("--output", output),
+        rounds=rounds,
+    )
+    _check_folder("--output-dir", output_dir)
+    if trace is not None:
+        _check_file("--trace", trace)
+    if html and find_spec("matplotlib") is None:
+        raise ValueError("--html needs matplotlib for its plots; run: pip install 'moe-runtime[demo]'")
+    import torch
+
+    from .run import run_profile
+    from .tables import print_profile
+    from .variants import DTYPES
+
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"--dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device must be cpu where there is no CUDA GPU, got {device!r}")
+    console = Console(stderr=json_output)  # stdout is for the report
+    if not console.is_terminal:  # a file or a pipe has no width; the tables need this much
+        console.width = 140
+    report = run_profile(
+        model,
+        settings=settings,
+        compare=None if compare is None else [name.strip() for name in compare.split(",")],
+        device=device,
+        dtype=dtype,
+        trace=trace,
+        console=console,
+    )
+    written = _write_report(output_dir, report, html=html)
+    print_profile(console, report)
+    files = [*written, *([trace] if trace else [])]
+    console.print(f"\nWritten: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
+    if json_output:
+        typer.echo(json.dumps(report, indent=2))
+
+
+def _check_folder(option: str, folder: Path) -> None:
+    """Before anything is measured: the folder is there and can be written to, or can be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{option} must be a folder, and {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{option} must be a folder that can be written to, and {there} is not")
+
+
+def _check_file(option: str, file: Path) -> None:
+    if file.is_dir():
+        raise ValueError(f"{option} must be a file, and {file} is a folder")
+    _check_folder(option, file.absolute().parent)
+
+
+def _write_report(folder: Path, report: dict[str, Any], *, html: bool) -> list[Path]:
+    """report.json and, on request, report.html, each replaced when whole."""
+    from .page import render_page
+
+    texts = {"report.json": json.dumps(report, indent=1)}
+    if html:
+        texts["report.html"] = render_page(report)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        unfinished = folder / f"{name}.part"
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, folder / name)
+    return [folder / name for name in texts]

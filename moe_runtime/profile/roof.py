@@ -1,0 +1,47 @@
+"""How fast this device multiplies and moves memory, measured, to hold a model's FLOPs and bytes against."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+ROUNDS = 5
+PRODUCT = {"cpu": 1024, "cuda": 8192}  # side of the product
+COPIED = {"cpu": 2**28, "cuda": 2**30}  # bytes; more than any cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roof:
+    """FLOPs per second of a large square product, and bytes read and written per second by a copy."""
+
+    flops_per_s: float
+    bytes_per_s: float
+
+
+def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
+    """Medians of a few rounds, in the dtype of the model."""
+    side, copied = PRODUCT[device.type], COPIED[device.type]
+    generator = torch.Generator(device).manual_seed(0)
+    # random: zeros are multiplied and copied faster than any data
+    a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
+    source = torch.randint(2**31, (copied // 4,), generator=generator, dtype=torch.int32, device=device)
+    target = torch.zeros_like(source)
+    return Roof(
+        flops_per_s=2 * side**3 / _median_seconds(lambda: a @ b, device),
+        bytes_per_s=2 * copied / _median_seconds(lambda: target.copy_(source), device),
+    )
+
+
+def _median_seconds(call: Callable[[], object], device: torch.device) -> float:
+    seconds = []
+    for _ in range(1 + ROUNDS):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
