@@ -82,13 +82,17 @@ def outcome(call: Callable[[nn.Module, Tensor], Tensor], module: nn.Module, x: T
 ROUNDING = {torch.float64: 1e-11, torch.float32: 1e-5}
 
 
-def assert_equal_up_to_rounding(name: str, actual: Tensor, expected: Tensor) -> None:
+def assert_equal_up_to_rounding(
+    name: str, actual: Tensor, expected: Tensor, bound: float | None = None
+) -> None:
+    """`bound` replaces that of ROUNDING where a test says why."""
     assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert actual.dtype == expected.dtype, f"{name}: {actual.dtype}, expected {expected.dtype}"
     rms = expected.square().mean().sqrt()
     assert rms > 0, f"{name}: all zeros are expected, so this compares nothing"
     error = ((actual - expected).abs().max() / rms).item()
-    assert error <= ROUNDING[actual.dtype], f"{name}: worst error {error:.2e} of the data's rms"
+    bound = ROUNDING[actual.dtype] if bound is None else bound
+    assert error <= bound, f"{name}: worst error {error:.2e} of the data's rms"
 
 
 def assert_same_function(
