@@ -78,6 +78,19 @@ class Experts(nn.Module):
         plan = make_plan(expert_TK.int(), self.num_experts)
         if self.config.experts_backend == "megablocks":
             return self._by_megablocks(x_TD, weight_TK, plan, residual_TD)
+        adapted = getattr(self, "expert_lora", None)
+        if adapted is not None:
+            return adapted(
+                x_TD,
+                self.gate_up_proj,
+                self.down_proj,
+                weight_TK,
+                plan,
+                activation=self.config.activation,
+                gate_up_bias=self.gate_up_bias,
+                down_bias=self.down_bias,
+                residual_TD=residual_TD,
+            )
         if self.training and self.config.expert_dropout > 0:
             return self._with_dropout(x_TD, weight_TK, plan, residual_TD)
         return expert_ffn(
