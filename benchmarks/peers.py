@@ -5,6 +5,7 @@ Those of liger-kernel 0.8.5, moe-ops 0.1.0 and scattermoe give the right answers
 adaptor of LIBRARIES has run on a GPU. One that fails there says so in its row and stops nothing.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -264,13 +265,18 @@ def transformers_experts(implementation: str, expert_TK: Tensor, num_experts: in
     return experts
 
 
-def batched_experts(expert_TK: Tensor, num_experts: int, weight_bytes: int) -> Experts:
-    """`batched_mm`, which copies the weights of an expert, so many bytes, for each of its rows."""
-    copied, most = expert_TK.numel() * weight_bytes, COPIED_WEIGHTS[expert_TK.device.type]
+def refuse_copies(num_rows: int, weight_bytes: int, device_type: str) -> None:
+    """UnavailableError where `batched_mm`, which copies an expert's weights for each row, copies too much."""
+    copied, most = num_rows * weight_bytes, COPIED_WEIGHTS[device_type]
     if copied > most:
         raise UnavailableError(
             f"would copy {copied / 2**30:,.2f} GiB of weights, more than {most / 2**30:,.2f}"
         )
+
+
+def batched_experts(expert_TK: Tensor, num_experts: int, weight_bytes: int) -> Experts:
+    """`batched_mm`, where an expert's weights have so many bytes."""
+    refuse_copies(expert_TK.numel(), weight_bytes, expert_TK.device.type)
     return transformers_experts("batched_mm", expert_TK, num_experts)
 
 
@@ -346,6 +352,36 @@ def moe_ops_experts(expert_TK: Tensor, num_experts: int) -> Experts:
     return experts
 
 
+def megablocks_experts(expert_TK: Tensor, num_experts: int) -> Experts:
+    """The steps of megablocks' dropless layer with its grouped GEMM, for bfloat16 only.
+
+    Gate and up are one product here, as the weights are stored; its own layer makes two. It waits for the
+    device once per call, because the product wants the rows per expert on the host.
+    """
+    require("megablocks")
+    from megablocks import ops
+    from megablocks.grouped_gemm_util import ops as grouped
+
+    if grouped is None:
+        raise UnavailableError("megablocks has no grouped_gemm here, which is its extra gg")
+    sort_end_bit = max(math.ceil(math.log2(num_experts)), 1)
+    expert_N, K = expert_TK.flatten(), expert_TK.shape[1]
+
+    def experts(x_TD: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weight_TK: Tensor) -> Tensor:
+        with torch.no_grad():
+            sorted_N, index_N = ops.sort(expert_N, sort_end_bit)
+            count_E = ops.histogram(expert_N, num_experts)
+            end_E = ops.inclusive_cumsum(count_E, 0).view(-1)
+            rows_E = count_E.cpu().long()
+        x_ND = ops.gather(x_TD, index_N, sorted_N, end_E, K)
+        gate, up = grouped.gmm(x_ND, gate_up_proj, rows_E, trans_b=True).chunk(2, dim=-1)
+        y_ND = grouped.gmm(F.silu(gate) * up, down_proj, rows_E, trans_b=True)
+        gate_N = weight_TK.to(x_TD.dtype).flatten()
+        return ops.scatter(y_ND, index_N, sorted_N, gate_N, end_E, K)
+
+    return experts
+
+
 def no_adaptor(distribution: str, reason: str) -> Experts:
     """A library that this file cannot call; "not installed" comes first."""
     require(distribution)
@@ -364,7 +400,7 @@ def expert_peers(expert_TK: Tensor, num_experts: int, weight_bytes: int) -> Peer
             "scattermoe": lambda: scattermoe_experts(expert_TK, num_experts),
             "moe_ops": lambda: moe_ops_experts(expert_TK, num_experts),
             "momoe": lambda: no_adaptor("momoe", "it keeps its weights in a layout of its own"),
-            "megablocks": lambda: no_adaptor("megablocks", "it keeps gate and up in separate weights"),
+            "megablocks": lambda: megablocks_experts(expert_TK, num_experts),
             "triton_kernels": lambda: no_adaptor("triton-kernels", "its calls change with every release"),
         }
     )

@@ -38,7 +38,7 @@ def run_tests(*command, **environment):
     result = subprocess.run(
         [sys.executable, "-m", *command],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, **environment},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
     )
@@ -171,8 +171,8 @@ def test_a_library_that_breaks_is_named_with_its_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     absent = peers.available({"liger": lambda: peers.liger_plan(8)}).absent["liger"]
     assert absent.startswith("cannot be set up: ModuleNotFoundError: No module named 'liger_kernel")
-    reason = peers.available({"m": lambda: peers.no_adaptor("megablocks", "why")}).absent["m"]
-    assert reason == "no adaptor for megablocks: why"
+    reason = peers.available({"m": lambda: peers.no_adaptor("momoe", "why")}).absent["m"]
+    assert reason == "no adaptor for momoe: why"
 
 
 def test_wrong_and_failing_peers_are_shown_and_not_timed():
@@ -320,6 +320,34 @@ def test_bars_are_of_uniform_routing():
 def test_one_round_has_no_spread():
     with pytest.raises(ValueError, match="rounds must be at least 2, so that there is a spread, got 1"):
         time_alternately({"a": lambda: None}, rounds=1)
+
+
+def test_whole_models_are_compared_with_transformers_and_dense_ones(tiny_run):
+    (path,) = tiny_run.glob("*/*_end_to_end.json")
+    rows = json.loads(path.read_text())["rows"]
+    ours, dense = {"moe_runtime", "transformers_moe_runtime"}, {"dense_active_flops", "dense_width"}
+    transformers = {f"transformers_{name}" for name in ("eager", "grouped_mm", "batched_mm")}
+    assert [row["case"]["phase"] for row in rows] == ["train_step", "prefill", "decode"] * 2
+    for row in rows:
+        assert set(row["timings"]) == ours | dense | transformers, row["not_timed"]
+        assert set(row["errors"]) == ours | transformers
+        formula, counter, phase = row["formula_flops"], row["flops"], row["case"]["phase"]
+        assert set(counter) == ours | dense
+        for name in counter:
+            # backward makes the scores once more: 8 * 8 of them, of 4 heads of width 8
+            extra = 2 * 8 * 8 * 4 * 8 if phase == "train_step" else 0
+            assert counter[name] == formula[name] + extra
+            seconds = row["timings"][name]["median_s"]
+            assert row["flops_per_s"][name] == pytest.approx(formula[name] / seconds)
+            assert row["bytes_per_s"][name] == pytest.approx(row["formula_bytes"][name] / seconds)
+            floor = max(
+                formula[name] / row["product_flops_per_s"],
+                row["formula_bytes"][name] / row["copy_bytes_per_s"],
+            )
+            assert row["floor_share"][name] == pytest.approx(floor / seconds)
+        assert formula["dense_active_flops"] == pytest.approx(formula["moe_runtime"], rel=0.02)
+        assert formula["dense_width"] < 0.8 * formula["moe_runtime"]
+        assert "percentiles" not in row, "there are too few rounds for them"
 
 
 def test_pytest_benchmark_has_the_samples_of_each_implementation_and_what_a_reader_needs(tiny_run):
