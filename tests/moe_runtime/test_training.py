@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
-from tiny_models import BAM, BAM_SHARED_KV, DENSE, KINDS, MOE, VOCAB_SIZE, tiny_model, tokens
+from tiny_models import BAM, BAM_SHARED_KV, DENSE, KINDS, MOE, tiny_model, tokens
+from trainers import THEIR_WARNINGS, examples, logged, number_tokenizer, settings
 
 from moe_runtime.hf import MoeRuntimeForCausalLM
 from moe_runtime.losses import load_balancing_loss, z_loss
 
-# transformers and PEFT call functions that transformers itself has deprecated
-THEIR_WARNINGS = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 COEFFICIENTS = {"router_aux_loss_coef": 0.3, "router_z_loss_coef": 0.05}
 
 
@@ -164,29 +163,6 @@ def test_compiles_to_one_graph(kind):
 # --- other people's trainers ---
 
 
-def examples(count: int = 8):
-    from datasets import Dataset
-
-    return Dataset.from_dict({"input_ids": tokens(count, 12).tolist(), "labels": tokens(count, 12).tolist()})
-
-
-def settings(folder) -> dict:
-    return {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-
-
 @THEIR_WARNINGS
 @pytest.mark.parametrize("kind", ["moe", "bam"])
 def test_trainer(kind, tmp_path):
@@ -197,7 +173,7 @@ def test_trainer(kind, tmp_path):
     arguments = TrainingArguments(**settings(tmp_path), gradient_checkpointing=True, bf16=True)
     trainer = Trainer(model=model, args=arguments, train_dataset=examples(), eval_dataset=examples(4))
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = logged(trainer, "loss")
     assert len(losses) == 4
     assert losses[-1] < losses[0]
     assert trainer.evaluate()["eval_loss"] < losses[0]
@@ -208,25 +184,20 @@ def test_trainer(kind, tmp_path):
 @THEIR_WARNINGS
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_sft_trainer_logs_the_auxiliary_loss(kind, tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
 
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB_SIZE)}, unk_token="0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1", unk_token="0")
     arguments = SFTConfig(**settings(tmp_path), max_length=12, bf16=False)
     trainer = SFTTrainer(
         model=tiny_model(KINDS[kind]),
         args=arguments,
         train_dataset=examples().remove_columns("labels"),
-        processing_class=tokenizer,
+        processing_class=number_tokenizer(),
     )
     trainer.train()
-    logged = [entry["aux_loss"] for entry in trainer.state.log_history if "aux_loss" in entry]
+    losses = logged(trainer, "aux_loss")
     # transformers' function, which this trainer calls on the router's logits, gives K when balanced
-    assert len(logged) == (4 if kind == "moe" else 0)
-    assert all(1.5 < value <= MOE["num_experts"] * 2 for value in logged)
+    assert len(losses) == (4 if kind == "moe" else 0)
+    assert all(1.5 < value <= MOE["num_experts"] * 2 for value in losses)
 
 
 @THEIR_WARNINGS
