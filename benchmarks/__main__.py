@@ -1,5 +1,6 @@
 """`python -m benchmarks run` times the suites, `… aot` compiles the kernels for GPUs that are not here,
-`… tune` measures launches on one that is, and `… report` rewrites the tables made from the results."""
+`… tune` measures launches on one that is, `… compare` says what became slower between two result files, and
+`… report` rewrites the tables and plots made from the results."""
 
 import argparse
 import sys
@@ -57,7 +58,7 @@ def main() -> int:
         help="leave out other libraries, some of which tune themselves for minutes",
     )
     timing.set_defaults(call=run)
-    from benchmarks import aot, tune
+    from benchmarks import aot, compare, tune
 
     compiling = commands.add_parser("aot", help="compile every kernel without a GPU and check the result")
     aot.add_arguments(compiling)
@@ -65,6 +66,9 @@ def main() -> int:
     tuning = commands.add_parser("tune", help="measure launches on a GPU and write the table of the fastest")
     tune.add_arguments(tuning)
     tuning.set_defaults(call=tune.main)
+    comparing = commands.add_parser("compare", help="what became slower between two result files")
+    compare.add_arguments(comparing)
+    comparing.set_defaults(call=compare.main)
     tables = commands.add_parser(
         "report", help="rewrite README's table and docs/performance.md from the results"
     )
