@@ -6,10 +6,8 @@ which nothing checks, because that would wait for the device. Attention is flash
 different lengths where it is installed and takes the tensors; elsewhere a mask [L, L] keeps documents apart.
 """
 
-from collections.abc import Callable
-from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +15,18 @@ from torch import Tensor
 FLASH_DEVICES = ("cuda",)
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_WIDTHS = range(8, 257, 8)
+
+
+def _flash_version() -> int | None:
+    """3 or 2, the higher one that is installed. Nothing is imported."""
+    if find_spec("flash_attn_interface") is not None:
+        return 3
+    package = find_spec("flash_attn")  # version 4 has a package of this name too, without the module
+    folders = [] if package is None else package.submodule_search_locations or []
+    return 2 if any(Path(folder, "flash_attn_interface.py").exists() for folder in folders) else None
+
+
+FLASH_VERSION = _flash_version()
 
 
 def packed_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
@@ -79,18 +89,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor) -> None:
 def flash_takes(query: Tensor) -> bool:
     """Whether flash-attn is installed and its kernels take tensors [1, heads, L, P] like this one."""
     fits = query.dtype in FLASH_DTYPES and query.shape[-1] in FLASH_WIDTHS and query.shape[2] > 0
-    return query.device.type in FLASH_DEVICES and fits and _flash_attn_varlen_func() is not None
-
-
-@cache
-def _flash_attn_varlen_func() -> Callable | None:
-    """That of FlashAttention 3, else 2, else None."""
-    if find_spec("flash_attn_interface") is not None:
-        return import_module("flash_attn_interface").flash_attn_varlen_func
-    # FlashAttention 4 has a package of this name too, without the module
-    if find_spec("flash_attn") is not None and find_spec("flash_attn.flash_attn_interface") is not None:
-        return import_module("flash_attn.flash_attn_interface").flash_attn_varlen_func
-    return None
+    return FLASH_VERSION is not None and query.device.type in FLASH_DEVICES and fits
 
 
 def flash_attention(
@@ -104,9 +103,11 @@ def flash_attention(
     """Causal attention of each document by flash-attn: query [1, heads, L, P], key and value [1, kv heads, L,
     P] -> [1, L, heads, P].
     """
-    varlen = _flash_attn_varlen_func()
-    assert varlen is not None
-    attended = varlen(
+    if FLASH_VERSION == 3:
+        from flash_attn_interface import flash_attn_varlen_func
+    else:
+        from flash_attn.flash_attn_interface import flash_attn_varlen_func
+    attended = flash_attn_varlen_func(
         *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),  # [L, heads, P]
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_k=cu_seqlens,

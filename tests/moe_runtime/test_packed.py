@@ -73,11 +73,10 @@ def flash(monkeypatch):
         monkeypatch.setattr(packing, "FLASH_DTYPES", dtypes)
         monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
         monkeypatch.setattr(modeling_flash_attention_utils, "is_flash_attn_2_available", lambda: version == 2)
-        packing._flash_attn_varlen_func.cache_clear()
+        monkeypatch.setattr(packing, "FLASH_VERSION", version)
         return flash_attention.install(monkeypatch, version, dtypes)
 
-    yield install
-    packing._flash_attn_varlen_func.cache_clear()
+    return install
 
 
 def flash_mixture(**options) -> MixtureOfAttention:
@@ -150,11 +149,33 @@ def test_what_flash_kernels_cannot_take_gets_a_mask(dtype, width, length, flash)
     assert fake.calls == []
 
 
-def test_flash_attention_4_is_not_taken_for_2(flash, monkeypatch):
-    flash(2)
-    monkeypatch.delitem(sys.modules, "flash_attn.flash_attn_interface")
-    query = randn(1, 2, L, 8).half()
-    assert not packing.flash_takes(query)
+@pytest.mark.parametrize(
+    ("files", "version"),
+    [
+        ([], None),
+        (["flash_attn/__init__.py", "flash_attn/flash_attn_interface.py"], 2),
+        (["flash_attn/cute/__init__.py"], None),  # version 4
+        (["flash_attn/cute/__init__.py", "flash_attn/flash_attn_interface.py"], 2),
+        (["flash_attn_interface.py"], 3),
+        (["flash_attn_interface.py", "flash_attn/flash_attn_interface.py"], 3),
+    ],
+    ids=str,
+)
+def test_which_version_is_installed(files, version, tmp_path, monkeypatch):
+    for name in files:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("raise AssertionError('nothing is imported to find out')")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert packing._flash_version() == version
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # inside torch
+def test_packed_rows_compile_as_one_graph():
+    layer, x_BLD = mixture(), randn(1, L, D)
+    compiled = torch.compile(in_one_row, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert_equal_up_to_rounding("y", compiled(layer, x_BLD), in_one_row(layer, x_BLD))
 
 
 def test_rows_that_are_not_packed_never_go_to_flash_kernels(flash):
