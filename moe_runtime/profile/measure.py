@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..generate import step_seconds
 from .settings import Cell
-from .variants import Variant
+from .variants import DENSE, OURS, Variant
 
 # Rms of the difference of two variants' logits, in units of their rms: rounding of many layers, and tokens
 # whose choice of experts it tips. A wrong gate, expert or mask moves logits by more.
@@ -58,7 +58,7 @@ def random_prompt(model: Any, batch: int, length: int, seed: int) -> Tensor:
 def check_agreement(variants: Sequence[Variant], cell: Cell, seed: int) -> dict[str, Agreement]:
     """Compare the logits of all variants of one model; those of the dense model must be finite.
 
-    The reference is the last variant of the model: ours stand first.
+    The reference is the first variant that is not ours.
 
     Raises:
         RuntimeError: two variants do not compute the same function, or one gives NaN or infinity.
@@ -71,17 +71,22 @@ def check_agreement(variants: Sequence[Variant], cell: Cell, seed: int) -> dict[
         logits[variant.name] = _logits(variant, tokens_BL, steps)
         if not logits[variant.name].isfinite().all():
             raise RuntimeError(f"the logits of {variant.name} are not finite; nothing was timed")
-    first = variants[0]
-    *others, reference = [variant for variant in variants if variant.model is first.model]
-    bound = BOUND[first.model.dtype]
+    same_model = [variant for variant in variants if variant.name != DENSE]
+    reference = next((variant for variant in same_model if variant.name != OURS), None)
+    if reference is None:  # ours alone, or the dense model alone
+        return {}
+    dtype = reference.model.dtype
+    bound = BOUND[dtype]
     agreements = {}
-    for variant in others:
+    for variant in same_model:
+        if variant is reference:
+            continue
         agreement = _compare(logits[variant.name], logits[reference.name], reference.name, bound)
         if not agreement.difference <= bound:
             raise RuntimeError(
                 f"{variant.name} and {reference.name} compute different logits: the rms of the difference is "
                 f"{agreement.difference:.2g} of their rms and may be {bound:g} in "
-                f"{str(first.model.dtype).removeprefix('torch.')}; nothing was timed"
+                f"{str(dtype).removeprefix('torch.')}; nothing was timed"
             )
         agreements[variant.name] = agreement
     return agreements
