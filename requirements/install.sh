@@ -41,5 +41,8 @@ if [ "$(uname -s)" = Linux ] && [ "$torch" = "$here/torch-cpu.txt" ]; then
     # the kernels' tests interpret and compile them without a GPU, with the oldest Triton and with the newest
     pip install --no-deps -r "$here/triton.txt"
     [ -d "$venv/triton-newest" ] || pip install --no-deps --target "$venv/triton-newest" -r "$here/triton-newest.txt"
+    # and models of transformers with the oldest version of it that setup.py allows
+    oldest=transformers-oldest
+    [ -d "$venv/$oldest" ] || pip install --no-deps --target "$venv/$oldest" -r "$here/$oldest.txt"
 fi
 pip install --no-deps --editable "$here/.."

@@ -39,6 +39,13 @@ def test_without_a_gpu_torch_comes_from_where_only_cpu_builds_are(tmp_path):
     assert not any("torch-cuda.txt" in call for call in others)
 
 
+def test_other_versions_go_into_folders_of_their_own(tmp_path):
+    calls = installs(tmp_path, gpu=False)
+    for name in ("triton-newest", "transformers-oldest"):
+        (call,) = (call for call in calls if f"{name}.txt" in call)
+        assert f"--no-deps --target {tmp_path / 'venv' / name} " in call
+
+
 def test_with_a_gpu_torch_is_the_cuda_build(tmp_path):
     calls = installs(tmp_path, gpu=True)
     assert "torch-cuda.txt" in calls[0]

@@ -83,13 +83,14 @@ def test_families_are_many_and_reach_the_experts_gradients():
         assert gradients[f"model.layers.1.mlp.{part}"].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3"])
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("name", "cache"), [("mixtral", "dynamic"), ("gpt_oss", "static"), ("deepseek_v3", "static")]
+)
 def test_generate_gives_eagers_tokens(name, cache):
     model = tiny_family(name)
 
     def generate():
-        options = {"max_new_tokens": 8, "do_sample": False, "min_new_tokens": 8}
+        options = {"max_new_tokens": 4, "do_sample": False, "min_new_tokens": 4}
         if cache == "static":
             options["past_key_values"] = StaticCache(config=model.config, max_cache_len=32)
         return model.generate(IDS, attention_mask=torch.ones_like(IDS), **options)
@@ -97,7 +98,7 @@ def test_generate_gives_eagers_tokens(name, cache):
     expected = generate()
     model.set_experts_implementation("moe_runtime")
     assert torch.equal(generate(), expected)
-    assert expected.shape == (2, 17)
+    assert expected.shape == (2, 13)
 
 
 def test_the_argument_of_from_pretrained(tmp_path, calls):
@@ -339,7 +340,7 @@ def test_no_tokens(kind):
     assert all((p.grad == 0).all() for p in module.parameters())
 
 
-@pytest.mark.parametrize("kind", ["plain", "biases", "as-gpt-oss"])
+@pytest.mark.parametrize("kind", ["plain", "as-gpt-oss"])
 def test_compiled_as_one_graph_for_all_lengths(kind):
     options, _ = MODULES[kind]
     module = experts_module(**options)

@@ -1,0 +1,49 @@
+"""Other models' experts and routers in the oldest transformers that is supported."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST = Path(sys.prefix) / "transformers-oldest"
+
+pytestmark = [
+    pytest.mark.skipif(not OLDEST.exists(), reason=f"{OLDEST} is missing; requirements/install.sh makes it"),
+    pytest.mark.timeout(600),
+]
+
+
+def run(*arguments):
+    folders = (OLDEST, ROOT, ROOT / "kernels")
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def pinned():
+    text = (ROOT / "requirements" / "transformers-oldest.txt").read_text()
+    return re.search(r"transformers==(\S+)", text).group(1)
+
+
+def test_the_oldest_is_the_pinned_one_and_the_oldest_of_setup():
+    result = run("-c", "import transformers; print(transformers.__version__)")
+    assert result.stdout.strip() == pinned(), result.stderr
+    major, minor, _ = pinned().split(".")
+    assert f'"transformers>={major}.{minor},' in (ROOT / "setup.py").read_text()
+
+
+def test_families_and_routers_equal_eager_in_the_oldest():
+    files = [
+        ROOT / "tests" / "moe_runtime" / f"test_{name}.py" for name in ("experts_interface", "accelerate")
+    ]
+    chosen = "families or swapped_router or (accelerated_model_is_the_model and (mixtral or granitemoe))"
+    result = run("-m", "pytest", "-q", "-k", chosen, *files)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
