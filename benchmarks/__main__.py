@@ -10,7 +10,17 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 
+def lacks(package: str) -> bool:
+    """Whether a package of the extra "bench" is missing, which is then said."""
+    if find_spec(package) is not None:
+        return False
+    print(f"The benchmarks need {package}, of the extra bench; run: python -m pip install '.[bench]'")
+    return True
+
+
 def run(arguments: argparse.Namespace) -> int:
+    if lacks("pytest"):
+        return 2
     import pytest
 
     # a suite's own name is that suite alone; others have names that begin with it
@@ -38,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def report(arguments: argparse.Namespace) -> int:
+    if lacks("matplotlib"):
+        return 2
     from benchmarks.report import write_pages
 
     for path in write_pages(HERE.parent):
@@ -70,7 +82,7 @@ def main() -> int:
     compare.add_arguments(comparing)
     comparing.set_defaults(call=compare.main)
     tables = commands.add_parser(
-        "report", help="rewrite README's table and docs/performance.md from the results"
+        "report", help="rewrite README's table, docs/performance.md and its plots from the results"
     )
     tables.set_defaults(call=report)
     arguments = parser.parse_args()

@@ -1,12 +1,18 @@
 """What the report makes of result files: the bars, the newest results, every kind of table."""
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks import __main__ as command
+from benchmarks import sections
 from benchmarks.bars import BARS
+from benchmarks.plots import draw
 from benchmarks.report import BEGIN, END, newest_compiled, newest_results, render_pages
+from benchmarks.sections import NOTES, SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -235,6 +241,118 @@ def test_tuned_launches_are_shown_beside_the_closed_form(tmp_path):
     page = render_pages(tmp_path)[tmp_path / "docs" / "performance.md"]
     assert "| grouped_gemm plain | cuda90 2 768 2048 128 512 | 40 | 200.0 | 150.0 | yes |" in page
     assert "closed form's:\n\n- grouped_gemm plain: result 0 differs\n" in page
+
+
+def model_row(phase, **more):
+    """As bench_end_to_end writes it; the dense model has no error, the library no counted FLOPs."""
+    ms = {"moe_runtime": 2.0, "dense_width": 1.0, "transformers_eager": 4.0}
+    return {
+        "case": {"model": "m", "phase": phase, "tokens": 256, "dtype": "bfloat16"},
+        "timings": {name: {"median_s": t / 1e3, "q1_s": t / 1e3, "q3_s": t / 1e3} for name, t in ms.items()},
+        "ratio_to": "moe_runtime",
+        "ratios": {name: t / 2 for name, t in ms.items()},
+        "errors": {"moe_runtime": {"logits": 1e-2}, "transformers_eager": {"logits": 2e-2}},
+        "not_timed": {"transformers_batched_mm": "would copy 2.62 GiB of weights, more than 0.25"},
+        "flops": {"moe_runtime": 7e9, "dense_width": 3e9},
+        "formula_flops": {"moe_runtime": 6e9, "dense_width": 3e9, "transformers_eager": 6e9},
+        "flops_per_s": {"moe_runtime": 3e12, "dense_width": 3e12, "transformers_eager": 1.5e12},
+        "bytes_per_s": dict.fromkeys(ms, 5e9),
+        "floor_share": dict.fromkeys(ms, 0.25),
+        "copy_bytes_per_s": 3e10,
+        "product_flops_per_s": 12e12,
+        **more,
+    }
+
+
+def test_whole_models_have_a_line_per_implementation_and_their_plots(tmp_path):
+    (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}")
+    times = {"p50_s": 2e-3, "p90_s": 3e-3, "p99_s": 4e-3}
+    decode = model_row("decode", percentiles=dict.fromkeys(model_row("decode")["timings"], times))
+    write_result(tmp_path, "cpu", "end_to_end", device="X", kind="cpu", rows=[model_row("prefill"), decode])
+    pages = render_pages(tmp_path)
+    page = pages[tmp_path / "docs" / "performance.md"]
+    assert (
+        "| m | decode | 256 | bfloat16 | moe_runtime | 2.00 (2.00 to 2.00) | 1.00 | 3 | 5.0 | 25% | 1.0e-02 "
+        "| 6,000.0 | 7,000.0 | 2.00 / 3.00 / 4.00 |" in page
+    )
+    assert (
+        "| m | prefill | 256 | bfloat16 | dense_width | 1.00 (1.00 to 1.00) | 0.50 | 3 | 5.0 | 25% |  | "
+        "3,000.0 | 3,000.0 |  |" in page
+    )
+    assert (
+        "transformers_eager | 4.00 (4.00 to 4.00) | 2.00 | 1.5 | 5.0 | 25% | 2.0e-02 | 6,000.0 |  |" in page
+    )
+    assert "- transformers_batched_mm: would copy 2.62 GiB of weights, more than 0.25" in page
+    assert "a large bfloat16 product makes 12.00 TFLOP/s" in page
+    for name in ("speedup_end_to_end", "latency"):
+        assert f"](plots/{name}.svg)" in page
+        assert pages[tmp_path / "docs" / "plots" / f"{name}.svg"].startswith("<svg")
+    assert pages == render_pages(tmp_path), "the same results gave other bytes"
+
+
+def test_plots_show_the_rows():
+    names = ("moe_runtime", "transformers_grouped_mm")
+    rows = [
+        {
+            "case": {"model": "m", "direction": "forward", "tokens": tokens, "dtype": dtype},
+            "timings": {name: {} for name in names},
+            "ratio_to": "moe_runtime",
+            "ratios": {"moe_runtime": 1.0, "transformers_grouped_mm": 1.37},
+            "useful_flops": 1e9 * tokens,
+            "bytes": 1e8,
+            "flops_per_s": dict.fromkeys(names, 1e11),
+            "copy_bytes_per_s": 2e10,
+            "product_flops_per_s": 4e11,
+        }
+        for tokens in (1, 16)
+        for dtype in ("float32", "bfloat16")
+    ]
+    layer = {
+        "case": {"shape": "s", "tokens": 512},
+        "timings": {},
+        "flops": {"moe": 8.03, "dense_active_flops": 8.0, "dense_width": 1.0},
+        "ratios": {"moe": 1.5, "dense_active_flops": 1.0, "dense_width": 0.125},
+    }
+    found = draw({"experts_cpu": {"rows": rows}, "moe_layer": {"rows": [layer]}, "demo": {}})
+    assert {name: suite for name, (suite, *_) in found.items()} == {
+        "speedup_experts_cpu.svg": "experts_cpu",
+        "roofline_experts_cpu.svg": "experts_cpu",
+        "flops_dense.svg": "moe_layer",
+    }
+    text = {name: re.findall(r"<text[^>]*>([^<]*)</text>", picture) for name, (*_, picture) in found.items()}
+    assert text["speedup_experts_cpu.svg"].count("1.37") == 4
+    assert {"m · forward · float32 · 1 token", "m · forward · bfloat16 · 16 tokens"} <= set(
+        text["speedup_experts_cpu.svg"]
+    )
+    assert {"float32", "bfloat16", "GFLOP/s"} <= set(text["roofline_experts_cpu.svg"])
+    assert {"8.03", "8.00", "12.00"} <= set(
+        text["flops_dense.svg"]
+    )  # FLOPs, time of dense and of the mixture
+
+
+def test_every_suite_has_a_section_and_every_note_a_suite():
+    suites = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    assert suites <= set(SECTIONS)
+    assert {path.stem for path in NOTES.glob("*.md")} <= suites
+
+
+def test_a_note_stands_below_its_suites_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(sections, "NOTES", tmp_path)
+    assert sections.notes("end_to_end") == []
+    (tmp_path / "end_to_end.md").write_text("What worked.\n")
+    (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}")
+    write_result(tmp_path, "cpu", "end_to_end", device="X", kind="cpu", rows=[model_row("prefill")])
+    page = render_pages(tmp_path)[tmp_path / "docs" / "performance.md"]
+    assert page.endswith("(plots/speedup_end_to_end.svg)\n\nWhat worked.\n")
+
+
+@pytest.mark.parametrize(("words", "package"), [("report", "matplotlib"), ("run", "pytest")])
+def test_what_is_missing_is_said_with_the_line_that_installs_it(monkeypatch, capsys, words, package):
+    monkeypatch.setattr(sys, "argv", ["python -m benchmarks", words])
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    assert command.main() == 2
+    line = "python -m pip install '.[bench]'"
+    assert capsys.readouterr().out == f"The benchmarks need {package}, of the extra bench; run: {line}\n"
 
 
 def test_pages_say_what_the_committed_results_say():
