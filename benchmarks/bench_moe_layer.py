@@ -95,5 +95,4 @@ def bench_moe_layer(compare, tiny, shape, tokens, dtype, routing):
             },
             {name: lambda name=name: output(name) for name in layers},
             check=check,
-            rounds=20,
         )

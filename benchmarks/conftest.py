@@ -23,6 +23,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {}
 OURS = "moe_runtime"
 LAUNCHES = 50  # per graph; what starting one costs the host is divided by them
 GRAPH_S = 2e-3  # of graphs of long calls, which need fewer launches
+ROUNDS = 30 if torch.cuda.is_available() else 12  # all suites together fit into ten minutes of a CPU
 STARTED = pytest.StashKey[float]()
 ROUNDS_FOR_PERCENTILES = 100  # fewer samples have no 99th percentile
 
@@ -216,7 +217,7 @@ def compare(request, tiny, copy_speed, benchmark):
         fns: Mapping[str, Callable[[], Any]],
         *,
         check: Callable[[str, Any], dict[str, float] | None],
-        rounds: int = 30,
+        rounds: int = ROUNDS,
         nbytes: int | None = None,
         work: Work | Mapping[str, Work] | None = None,
         peers: Peers | None = None,
@@ -239,25 +240,25 @@ def compare(request, tiny, copy_speed, benchmark):
         timings, refused, measured = measure(request, case, fns, rounds, nbytes, work, copy_speed)
         if torch.cuda.is_available() and work is not None:
             measured["peak_bytes"] = {name: peak_bytes(fn) for name, fn in fns.items()}
-        first = next(iter(fns))
-        ratios = {name: timing.median_s / timings[first].median_s for name, timing in timings.items()}
-        row = {
-            "case": case,
-            "timings": {name: timing.summary() for name, timing in timings.items()},
-            "flops": flops,
-            "ratio_to": first,
-            "ratios": ratios,
-            "errors": errors,
-            "not_timed": not_timed | refused,
-            **measured,
-        }
-        if rounds >= ROUNDS_FOR_PERCENTILES:
-            row["percentiles"] = {name: timing.percentiles() for name, timing in timings.items()}
+        kept = {"flops": flops, "errors": errors, "not_timed": not_timed | refused, **measured}
+        row = {"case": case, **compared(timings, next(iter(fns))), **kept}
         keep(request, suite, row)
         hand_over(benchmark, group_name(suite, case), timings, information(suite, row))
-        return ratios
+        return row["ratios"]
 
     return run
+
+
+def compared(timings: Mapping[str, Timing], first: str) -> dict[str, Any]:
+    """A row's medians and spreads, ratios to the first, and percentiles where there are samples enough."""
+    row = {
+        "timings": {name: timing.summary() for name, timing in timings.items()},
+        "ratio_to": first,
+        "ratios": {name: timing.median_s / timings[first].median_s for name, timing in timings.items()},
+    }
+    if all(timing.rounds >= ROUNDS_FOR_PERCENTILES for timing in timings.values()):
+        row["percentiles"] = {name: timing.percentiles() for name, timing in timings.items()}
+    return row
 
 
 def measure(

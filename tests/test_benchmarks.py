@@ -19,6 +19,7 @@ from benchmarks.bench_moe_layer import equal_layers, route_like
 from benchmarks.conftest import (
     ROWS,
     check_repeats,
+    compared,
     of_products,
     result_path,
     time_products,
@@ -382,6 +383,18 @@ def test_a_disabled_plugin_is_given_nothing():
     disabled = SimpleNamespace(disabled=True, name="bench", fullname="bench")
     hand_over(disabled, "group", {"ours": Timing.of([1.0, 2.0])}, {"ours": {}})
     assert (disabled.name, hasattr(disabled, "group")) == ("bench", False)
+
+
+def test_a_row_has_percentiles_where_there_are_samples_enough():
+    timings = {
+        name: Timing.of([scale * n for n in range(1, 101)]) for name, scale in (("a", 1.0), ("b", 2.0))
+    }
+    row = compared(timings, "a")
+    assert row["percentiles"]["b"] == {"p50_s": 100.0, "p90_s": 180.0, "p99_s": 198.0}
+    assert row["ratios"] == {"a": 1.0, "b": 2.0}
+    assert row["timings"]["a"] == {"median_s": 50.5, "q1_s": 25.75, "q3_s": 75.25, "rounds": 100}
+    fewer = timings | {"b": Timing.of([1.0] * 99)}
+    assert "percentiles" not in compared(fewer, "a")
 
 
 def test_percentiles_are_samples():
