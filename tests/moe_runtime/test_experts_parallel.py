@@ -31,7 +31,10 @@ OLDEST_PIN = Path(__file__).resolve().parents[2] / "requirements" / "transformer
 BOUND = 5e-5
 E, K = COMMON["num_experts"], COMMON["num_experts_per_tok"]
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the two processes are forks")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the two processes are forks"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @pytest.fixture(scope="module")
