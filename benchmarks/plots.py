@@ -65,9 +65,11 @@ def colours(names: Iterable[str]) -> dict[str, str]:
 
 
 def _speedups(rows: Rows) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row["timings"] if name != row["ratio_to"]))
-    named = colours(names)
-    values = [{name: row["ratios"][name] for name in named if name in row["ratios"]} for row in rows]
+    named = colours(dict.fromkeys(name for row in rows for name in row["timings"] if name != "moe_runtime"))
+    values = []
+    for row in rows:
+        ratios = row["ratios"]  # to whatever the suite compares with
+        values.append({name: ratios[name] / ratios["moe_runtime"] for name in named if name in ratios})
     return _bars(rows, values, named, "times the time of ours")
 
 

@@ -313,6 +313,13 @@ def test_plots_show_the_rows():
         "flops": {"moe": 8.03, "dense_active_flops": 8.0, "dense_width": 1.0},
         "ratios": {"moe": 1.5, "dense_active_flops": 1.0, "dense_width": 0.125},
     }
+    lora = {
+        "case": {"shape": "s"},
+        "timings": {"peft": {}, "moe_runtime": {}},
+        "ratio_to": "peft",
+        "ratios": {"peft": 1.0, "moe_runtime": 0.2},
+    }
+    assert ">5.00<" in draw({"expert_lora": {"rows": [lora]}})["speedup_expert_lora.svg"][2]
     found = draw({"experts_cpu": {"rows": rows}, "moe_layer": {"rows": [layer]}, "demo": {}})
     assert {name: suite for name, (suite, *_) in found.items()} == {
         "speedup_experts_cpu.svg": "experts_cpu",
