@@ -61,6 +61,7 @@ def check_agreement(variants: Sequence[Variant], cell: Cell, seed: int) -> dict[
     The reference is the first variant that is not ours.
 
     Raises:
+        ValueError: an implementation needs a package that is not installed.
         RuntimeError: two variants do not compute the same function, or one gives NaN or infinity.
     """
     steps = min(CHECKED_STEPS, cell.output - 1)
@@ -68,7 +69,10 @@ def check_agreement(variants: Sequence[Variant], cell: Cell, seed: int) -> dict[
     logits = {}
     for variant in variants:
         tokens_BL = random_prompt(variant.model, cell.batch, length, seed)
-        logits[variant.name] = _logits(variant, tokens_BL, steps)
+        try:
+            logits[variant.name] = _logits(variant, tokens_BL, steps)
+        except ImportError as error:  # some of transformers' implementations need packages of their own
+            raise ValueError(f"--compare {variant.name} cannot run here: {error}") from error
         if not logits[variant.name].isfinite().all():
             raise RuntimeError(f"the logits of {variant.name} are not finite; nothing was timed")
     same_model = [variant for variant in variants if variant.name != DENSE]

@@ -9,6 +9,7 @@ from .tables import (
     cell_name,
     component_table,
     latency_table,
+    megabytes,
     operation_table,
     phases,
     roof_table,
@@ -26,6 +27,7 @@ def render_page(report: dict[str, Any]) -> str:
         bullets([*agreement_notes(report), *report["notes"]]),
         "<h2>Variants</h2>",
         table(*variant_table(report)),
+        _resident(report),
         "<h2>Latency</h2>",
         latency_figure(report),
         table(*latency_table(report)),
@@ -49,6 +51,16 @@ def _subtitle(report: dict[str, Any]) -> str:
         f"{report['dtype']} on {report['device']} ({machine['device']}, {machine['threads']} threads), "
         f"weights {report['weights']}; {report['seconds']:.0f} seconds, {machine['time']}, "
         f"{commit_text(machine)}"
+    )
+
+
+def _resident(report: dict[str, Any]) -> str:
+    resident = report["process_resident_bytes"]
+    if resident is None:
+        return ""
+    return (
+        f"<p class='small'>With all of them loaded the process held {megabytes(resident)} MB of memory, files of "
+        "weights that are mapped among it.</p>"
     )
 
 

@@ -21,7 +21,7 @@ def megabytes(number: int | None) -> str:
 def latency_table(report: dict[str, Any]) -> tuple[list[str], Rows]:
     """One row per cell and variant; times in ms, the request's also over that of the first variant."""
     headings = ["batch x prompt + output", "variant", "first token", "per token p50", "p90", "p99"]
-    headings += ["tokens/s", "request", "of the first", "added MB"]
+    headings += ["tokens/s", "request", f"over {next(iter(report['variants']))}'s", "added MB"]
     rows = []
     for cell in report["cells"]:
         base = next(iter(cell["variants"].values()))["request_s"]["p50"]

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,6 +190,7 @@ def test_the_page_stands_alone_and_shows_the_figures(files, report):
     for name in report["variants"]:
         assert name in text
     assert "moe_runtime::expert_ffn" in text
+    assert "the process held" in text
 
 
 # --- other models ---
@@ -299,6 +301,16 @@ def test_logits_that_are_not_finite_are_refused(model):
         measure.check_agreement(found, Cell(batch=1, prompt=4, output=2), 0)
 
 
+def test_an_implementation_without_its_package_is_named(model, monkeypatch):
+    def needs_more(*args, **kwargs):
+        raise ImportError("it needs a package")
+
+    monkeypatch.setattr(model, "forward", needs_more)
+    found, _ = variants.make_variants(model, ["sonicmoe"], context=8, seed=0)
+    with pytest.raises(ValueError, match="--compare sonicmoe cannot run here: it needs a package"):
+        measure.check_agreement(found, Cell(batch=1, prompt=4, output=2), 0)
+
+
 def test_the_reference_is_not_ours_in_any_order(model):
     names = ["dense", "moe_runtime", "eager", "grouped_mm"]
     found, _ = variants.make_variants(model, names, context=8, seed=0)
@@ -325,6 +337,17 @@ def test_every_variant_runs_on_its_own_implementation(model):
         assert model.config._experts_implementation == variant.name
         variant.enter("decode")
         assert model.config._experts_implementation == variant.name
+
+
+@pytest.mark.parametrize(("device", "decodes_on"), [("cpu", "grouped_mm"), ("cuda", "batched_mm")])
+def test_grouped_mm_decodes_as_generate_has_it(device, decodes_on):
+    entered = []
+    model = SimpleNamespace(device=torch.device(device), set_experts_implementation=entered.append)
+    variant = variants.Variant(name="a", title="a", model=model, config=None, implementation="grouped_mm")
+    variant.enter("prefill")
+    variant.enter("decode")
+    variant.enter("prefill")
+    assert entered == ["grouped_mm", decodes_on, "grouped_mm"]
 
 
 def test_time_is_charged_to_the_part_and_the_layer_that_spend_it(model):
