@@ -59,8 +59,8 @@ def _resident(report: dict[str, Any]) -> str:
     if resident is None:
         return ""
     return (
-        f"<p class='small'>With all of them loaded the process held {megabytes(resident)} MB of memory, files "
-        "of weights that are mapped among it.</p>"
+        f"<p class='small'>With all of them loaded the process held {megabytes(resident)} MB of memory, "
+        "files of weights that are mapped among it.</p>"
     )
 
 
