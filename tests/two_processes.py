@@ -18,6 +18,7 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import moe_runtime
 from moe_runtime.hf import MoeRuntimeForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,6 +149,9 @@ def results(path, layout, rank, target):
         seen["generated"] = model.generate(
             ids_BL, max_new_tokens=4, do_sample=False, output_router_logits=False
         )
+    moe_runtime.accelerate_model(model)
+    model.zero_grad()
+    seen["accelerated"] = trained(model, ids_BL)
     if layout == EXPERTS_AND_DATA:
         with torch.no_grad():
             for parameter in model.parameters():

@@ -93,15 +93,23 @@ def assert_same_training(actual, alone):
 
 
 def assert_equals_one_process(processes, case, path, layout):
-    """Logits with and without gradients, loss, every gradient and greedy tokens."""
+    """Logits with and without gradients, loss, every gradient and greedy tokens; also with our routers."""
     expected, generated = eager(path, "fsdp_size" in layout)
     for process, alone in zip(processes, expected, strict=True):
         seen = process[case]
         assert_same_training(seen, alone)
+        assert_same_training(seen["accelerated"], alone)
         assert_equal_up_to_rounding("logits", seen["logits"], alone["training_logits"], BOUND)
         assert ("generated" in seen) == ("fsdp_size" not in layout)
         if "generated" in seen:
             assert torch.equal(seen["generated"], generated)
+
+
+def layers_of(processes, case):
+    """What the experts of each layer were asked for in training: (tokens, experts, choices elsewhere)."""
+    calls = list(zip(*(process[case]["training_calls"] for process in processes), strict=True))
+    assert len(calls) == COMMON["num_hidden_layers"]
+    return calls
 
 
 class TestModelsOfTransformers:
@@ -120,39 +128,34 @@ class TestModelsOfTransformers:
         assert newest[0]["version"] == transformers.__version__
         assert oldest[0]["version"] == pinned
 
-    def test_processes_exchange_rows_of_their_halves_of_the_experts(self, newest):
+    @pytest.mark.parametrize("case", ["olmoe-experts-and-data", "olmoe-experts-and-tensors"])
+    def test_processes_exchange_rows_of_their_halves_of_the_experts(self, case, newest):
         """With an all-to-all each row comes to the process that holds its expert, as a choice of its own."""
         T = batch().numel()
-        for case in ("olmoe-experts-and-data", "olmoe-experts-and-tensors"):
-            per_layer = zip(*(process[case]["training_calls"] for process in newest), strict=True)
-            for (rows, experts, elsewhere), (other_rows, other_experts, other_elsewhere) in per_layer:
-                assert experts == other_experts == E // 2
-                assert elsewhere == other_elsewhere == 0
-                assert rows + other_rows == T * K
+        for calls in layers_of(newest, case):
+            assert [experts for _, experts, _ in calls] == [E // 2, E // 2]
+            assert [elsewhere for *_, elsewhere in calls] == [0, 0]
+            assert sum(rows for rows, *_ in calls) == T * K
 
-    @pytest.mark.parametrize("version", ["newest", "oldest"])
-    def test_processes_mark_choices_of_experts_elsewhere(self, version, request):
+    @pytest.mark.parametrize(
+        ("version", "case"), [("newest", "olmoe-all-reduce"), ("oldest", "olmoe-experts")]
+    )
+    def test_processes_mark_choices_of_experts_elsewhere(self, version, case, request):
         """With an all-reduce both see every token, and every choice is elsewhere for one of them."""
-        case = {"newest": "olmoe-all-reduce", "oldest": "olmoe-experts"}[version]
         T = batch().numel()
-        per_layer = zip(
-            *(seen[case]["training_calls"] for seen in request.getfixturevalue(version)), strict=True
-        )
-        for (tokens, experts, elsewhere), other in per_layer:
-            assert (tokens, experts) == other[:2] == (T, E // 2)
-            assert elsewhere + other[2] == T * K
-            assert 0 < elsewhere < T * K
+        for calls in layers_of(request.getfixturevalue(version), case):
+            assert [tokens_experts for *tokens_experts, _ in calls] == [[T, E // 2]] * 2
+            assert sum(elsewhere for *_, elsewhere in calls) == T * K
+            assert all(0 < elsewhere < T * K for *_, elsewhere in calls)
 
     def test_processes_without_a_row_take_part(self, newest):
         """An all-to-all that brings nothing leaves a row of zeros; otherwise all choices are elsewhere."""
         T = batch().numel()
-        calls = {
-            case: seen["training_calls"] for case, seen in newest[1].items() if case.startswith("lopsided")
-        }
-        assert set(calls.pop("lopsided-all-reduce")) == {(T, E // 2, T * K)}
-        assert len(calls) == 2
-        for case, seen in calls.items():
-            assert set(seen) == {(1, E // 2, 0)}, case
+        for _, second in layers_of(newest, "lopsided-all-reduce"):
+            assert second == (T, E // 2, T * K)
+        for case in ("lopsided-experts-and-data", "lopsided-experts-and-tensors"):
+            for _, second in layers_of(newest, case):
+                assert second == (1, E // 2, 0), case
 
     @pytest.mark.parametrize(
         "case", [case for case in NEWEST_CASES if NEWEST_CASES[case][1] == EXPERTS_AND_DATA]
