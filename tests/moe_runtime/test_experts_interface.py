@@ -455,3 +455,17 @@ def test_transposed_product(routing, dtype):
         return inputs, normal(rows, F, dtype=dtype, seed=300 + draw)
 
     assert_matches(product, definition, make, rows)
+
+
+def test_transposed_weights_are_not_copied(monkeypatch):
+    pointers = []
+    operation = experts_interface._input_grad
+
+    def spy(x, weight, *plan):
+        pointers.append(weight.data_ptr())
+        return operation(x, weight, *plan)
+
+    monkeypatch.setattr(experts_interface, "_input_grad", spy)
+    module = experts_module(is_transposed=True)
+    module(normal(7, D), choose(SMALL, "cpu").long(), normal(7, 2).softmax(1))
+    assert pointers == [module.gate_up_proj.data_ptr(), module.down_proj.data_ptr()]
