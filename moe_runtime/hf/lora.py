@@ -163,13 +163,18 @@ def _layers(model: PreTrainedModel) -> dict[str, Any]:
     return layers
 
 
-def _check_served(name: str, module: Any) -> None:
+def _refuse_other_implementations(module: Any, _: Any) -> None:
+    """A hook before the forward of experts with adapters, which another implementation would leave out."""
     implementation = module.config._experts_implementation
     if implementation != NAME:
         raise ValueError(
             f"experts_implementation must be {NAME!r} for per-expert LoRA, got {implementation!r}; call "
             f"model.set_experts_implementation({NAME!r})"
         )
+
+
+def _check_served(name: str, module: Any) -> None:
+    _refuse_other_implementations(module, None)
     if not module.has_gate or served_by(module) != "expert_ffn":
         raise ValueError(
             "experts must have gate_up_proj [E, 2F, D] and down_proj [E, D, F] and run as one expert_ffn for "
@@ -226,7 +231,10 @@ def _attach(
     for name, targets in chosen.items():
         layer: Any = model.get_submodule(name)
         weights = layer.gate_up_proj, layer.down_proj
-        layer.expert_lora = ExpertLoRA(*weights, r=r, alpha=alpha, targets=targets, use_rslora=use_rslora)
+        lora = ExpertLoRA(*weights, r=r, alpha=alpha, targets=targets, use_rslora=use_rslora)
+        layer.expert_lora = lora
+        if not isinstance(layer, Experts):
+            lora.guard = layer.register_forward_pre_hook(_refuse_other_implementations)
 
 
 def _inject_peft(
@@ -262,6 +270,9 @@ def _detach(model: PreTrainedModel, *, merge: bool) -> None:
             layer: Any = model.get_submodule(name.rpartition(".")[0])
             if merge:
                 module.merge(layer.gate_up_proj, layer.down_proj)
+            guard: Any = getattr(module, "guard", None)
+            if guard is not None:
+                guard.remove()
             del layer.expert_lora
         elif hasattr(module, "get_base_layer"):
             if merge:

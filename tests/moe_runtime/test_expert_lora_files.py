@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +183,7 @@ def test_merged_weights_are_the_same_model(family):
     remove_expert_lora(adapted)
     assert torch.equal(logits(adapted), logits(base))
     assert adapted.state_dict().keys() == base.state_dict().keys()
+    assert not any(module._forward_pre_hooks for model in (merged, adapted) for module in model.modules())
     add_expert_lora(adapted, target_modules=["q_proj"])  # as if there had been none
 
 
@@ -217,6 +220,12 @@ def test_a_save_that_fails_leaves_the_earlier_adapter(tmp_path, monkeypatch):
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
 
 
+def test_the_example_of_the_page_runs():
+    page = (Path(__file__).parents[2] / "docs" / "lora.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(compile(code, "docs/lora.md", "exec"), {"__name__": "example"})
+
+
 # --- what is refused ---
 
 
@@ -245,6 +254,18 @@ def refused(call, message, kind=ValueError):
 )
 def test_a_model_that_cannot_have_adapters(model, message):
     refused(lambda: add_expert_lora(model()), message)
+
+
+def test_adapters_are_not_left_out_silently():
+    model = base_model("olmoe")
+    add_expert_lora(model)
+    model.set_experts_implementation("grouped_mm")
+    refused(
+        lambda: model(IDS),
+        "experts_implementation must be 'moe_runtime' for per-expert LoRA, got 'grouped_mm'",
+    )
+    remove_expert_lora(model)
+    model(IDS)
 
 
 def test_a_second_adapter():
