@@ -12,6 +12,7 @@ import torch
 import transformers
 from inputs import assert_compiles_once, normal
 from moe_families import FAMILIES, is_at_least, tiny_family
+from shape_names import checked_shape_names
 from tiny_models import tiny_model, tokens
 from torch import nn
 
@@ -228,6 +229,14 @@ def test_an_accelerated_model_is_the_model_and_undo_brings_it_back(name):
     assert model.config._experts_implementation == "eager"
     for key, value in results(model).items():
         assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
+def test_shape_letters_hold(name):
+    model = tiny_family(name)
+    accelerate_model(model)
+    with checked_shape_names("moe_runtime"):
+        model(IDS).logits.sum().backward()
 
 
 def test_the_losses_of_the_router_are_compared():
