@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import ROUTINGS
+from benchmarks.floor import Work, expert_forward_work
+from benchmarks.shapes import ROUTINGS, ExpertShape
 from moe_runtime.config import FeedForwardConfig, RouterConfig
 from moe_runtime.feed_forward import DenseFeedForward, MoEFeedForward
 
@@ -39,6 +40,23 @@ def equal_layers(D: int, F: int, E: int, K: int, dtype: torch.dtype) -> dict[str
         moe.experts.down_proj.copy_(down.expand(E, -1, -1))
     layers = {"dense_active_flops": active, "dense_width": width, "moe": moe}
     return {name: layer.to(DEVICE, dtype).eval() for name, layer in layers.items()}
+
+
+def works(tokens: int, shape: ExpertShape, experts_used: int, itemsize: int) -> dict[str, Work]:
+    """Of each layer; the router's product comes on top of the experts'."""
+    T, D, F = tokens, shape.D, shape.F
+    experts = expert_forward_work(T, shape, experts_used, keeps_h=False, itemsize=itemsize)
+    router = Work(2 * T * D * shape.E, itemsize * D * shape.E)
+    return {
+        "dense_active_flops": dense_work(T, D, shape.K * F, itemsize),
+        "dense_width": dense_work(T, D, F, itemsize),
+        "moe": experts + router,
+    }
+
+
+def dense_work(T: int, D: int, F: int, itemsize: int) -> Work:
+    """x read, the activation written and read, y written."""
+    return Work(6 * T * D * F, itemsize * (2 * T * (D + F) + 3 * D * F))
 
 
 @torch.no_grad()
@@ -76,6 +94,7 @@ def bench_moe_layer(compare, tiny, shape, tokens, dtype, routing):
 
     with torch.no_grad():
         expected = output("dense_width")
+        experts_used = int(layers["moe"](x_BLD)[1].count_E.count_nonzero())
         # roundings to the stored type, and sums of K * F products in float32 in another order
         rounding = 8 * torch.finfo(dtype).eps + (K * F) ** 0.5 * torch.finfo(torch.float32).eps
         tolerance = rounding * expected.abs().max()
@@ -95,4 +114,5 @@ def bench_moe_layer(compare, tiny, shape, tokens, dtype, routing):
             },
             {name: lambda name=name: output(name) for name in layers},
             check=check,
+            work=works(tokens, ExpertShape(D, F, E, K), experts_used, dtype.itemsize),
         )

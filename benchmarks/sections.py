@@ -108,13 +108,24 @@ def _ratio_section(title: str, explained: str) -> Any:
         first = rows[0]["ratio_to"]
         columns = list(dict.fromkeys(key for row in rows for key in row["case"]))
         table = _table(
-            [*columns, *(f"{name} (ms, middle half)" for name in names), f"time / {first}", "FLOPs"],
+            [
+                *columns,
+                *(f"{name} (ms, middle half)" for name in names),
+                f"time / {first}",
+                "FLOPs",
+                *(["of the floor"] if "floor_share" in rows[0] else []),
+            ],
             [
                 [
                     *(str(row["case"].get(key, "")) for key in columns),
                     *(_spread(row["timings"][name]) if name in row["timings"] else "" for name in names),
                     ", ".join(f"{row['ratios'][name]:.2f}" for name in row["timings"] if name != first),
                     ", ".join(f"{flops / 1e6:,.1f} M" for flops in dict.fromkeys(row["flops"].values())),
+                    *(
+                        [", ".join(map("{:.0%}".format, row["floor_share"].values()))]
+                        if "floor_share" in row
+                        else []
+                    ),
                 ]
                 for row in rows
             ],

@@ -93,6 +93,11 @@ def test_suites_run_and_write_results(tiny_run):
     moe = files["moe_layer"]["rows"][0]["flops"]
     assert moe["dense_active_flops"] == 2 * moe["dense_width"]  # K = 2
     assert moe["moe"] > moe["dense_active_flops"]  # the router comes on top
+    for row in files["moe_layer"]["rows"]:
+        assert row["formula_flops"] == row["flops"]
+        assert set(row["floor_share"]) == set(row["timings"])
+    used = {row["case"]["routing"]: row["formula_bytes"]["moe"] for row in files["moe_layer"]["rows"]}
+    assert used["one_hot"] < used["uniform"]  # weights of K experts instead of all
     mixture = files["attention_mixture"]["rows"][0]["flops"]
     assert mixture["loop"] == mixture["one_call"]
 
