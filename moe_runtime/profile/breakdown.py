@@ -4,7 +4,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -89,6 +89,22 @@ def _component(name: str) -> str | None:
 # --- clocks ---
 
 
+@dataclass
+class _Span:
+    """One call of a part, and the calls of other parts in it. Moments are seconds, or events of a GPU."""
+
+    part: Part
+    started: Any
+    ended: Any = None
+    inner: list["_Span"] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        if isinstance(self.started, float):
+            return self.ended - self.started
+        return self.started.elapsed_time(self.ended) / 1e3  # milliseconds between events
+
+
 @contextmanager
 def timed_parts(model: nn.Module) -> Iterator[Callable[[], StepTimes]]:
     """Time every part of `model`; yields what a call returns: the times since the last such call.
@@ -97,11 +113,10 @@ def timed_parts(model: nn.Module) -> Iterator[Callable[[], StepTimes]]:
     """
     parts = model_parts(model)
     on_gpu = next(model.parameters()).is_cuda
-    spans: list[tuple[Part, Any, Any, list[int]]] = []
-    open_spans: list[tuple[int, Any]] = []
-    handles = []
+    spans: list[_Span] = []
+    open_spans: list[_Span] = []
 
-    def mark() -> Any:
+    def now() -> Any:
         if not on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -109,27 +124,25 @@ def timed_parts(model: nn.Module) -> Iterator[Callable[[], StepTimes]]:
         return event
 
     def begin(module: nn.Module, args: Any) -> None:
-        spans.append((parts[module], None, None, []))
+        span = _Span(parts[module], now())
         if open_spans:
-            spans[open_spans[-1][0]][3].append(len(spans) - 1)
-        open_spans.append((len(spans) - 1, mark()))
+            open_spans[-1].inner.append(span)
+        spans.append(span)
+        open_spans.append(span)
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
-        ended = mark()
-        number, started = open_spans.pop()
-        part, _, _, inner = spans[number]
-        spans[number] = (part, started, ended, inner)
+        open_spans.pop().ended = now()
 
     def read() -> StepTimes:
         if on_gpu:
             torch.cuda.synchronize()
-        found = _step_times(spans, on_gpu)
+        times = _step_times(spans)
         spans.clear()
-        return found
+        return times
 
+    handles: list[Any] = []
     for module in parts:
-        handles.append(module.register_forward_pre_hook(begin))
-        handles.append(module.register_forward_hook(end))
+        handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
     try:
         yield read
     finally:
@@ -137,20 +150,17 @@ def timed_parts(model: nn.Module) -> Iterator[Callable[[], StepTimes]]:
             handle.remove()
 
 
-def _step_times(spans: list[tuple[Part, Any, Any, list[int]]], on_gpu: bool) -> StepTimes:
-    whole = [
-        start.elapsed_time(end) / 1e3 if on_gpu else end - start  # events count milliseconds
-        for _, start, end, _ in spans
-    ]
+def _step_times(spans: list[_Span]) -> StepTimes:
     components = dict.fromkeys(COMPONENTS, 0.0)
     layers: dict[int, float] = {}
-    for (part, _, _, inner), seconds in zip(spans, whole, strict=True):
-        components[part.component] += seconds - sum(whole[number] for number in inner)
+    for span in spans:
+        part, seconds = span.part, span.seconds
+        components[part.component] += seconds - sum(inner.seconds for inner in span.inner)
         if part.is_layer:
             assert part.layer is not None
             layers[part.layer] = layers.get(part.layer, 0.0) + seconds
     return StepTimes(
-        total=whole[0],  # the model itself is entered first
+        total=spans[0].seconds,  # the model itself is entered first
         components={name: seconds for name, seconds in components.items() if seconds},
         layers=[layers[number] for number in sorted(layers)],
     )

@@ -99,7 +99,8 @@ def write_trace(path: Path, variants: Sequence[Variant], cell: Cell, *, steps: i
 @contextmanager
 def _named_parts(model: nn.Module) -> Iterator[None]:
     """Every part of the model as a named range of the profiler."""
-    handles, ranges = [], []
+    handles: list[Any] = []
+    ranges: list[record_function] = []
     for module, part in model_parts(model).items():
         if part.layer is None:
             name = part.component
@@ -113,8 +114,7 @@ def _named_parts(model: nn.Module) -> Iterator[None]:
         def end(module: nn.Module, args: Any, output: Any) -> None:
             ranges.pop().__exit__(None, None, None)
 
-        handles.append(module.register_forward_pre_hook(begin))
-        handles.append(module.register_forward_hook(end))
+        handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
     try:
         yield
     finally:
