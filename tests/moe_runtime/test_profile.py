@@ -38,6 +38,15 @@ SIZES = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Two threads only wait for each other over such small tensors."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _small_roof(monkeypatch):
     monkeypatch.setitem(roof.PRODUCT, "cpu", 64)
