@@ -45,7 +45,6 @@ def _(grad_out, y, weight, row, token, slot):
 # --- reference: the definition, in the plainest PyTorch; also the CPU path --------------
 
 
-@register_reference("moe_runtime::combine")
 def combine_reference(
     y_ND: Tensor,
     weight_TK: Tensor,
@@ -62,6 +61,35 @@ def combine_reference(
         if added_TD is not None:
             out_TD = out_TD + added_TD.to(acc)
     return out_TD.to(y_ND.dtype if residual_TD is None else residual_TD.dtype)
+
+
+TOKENS = 64  # in a block of `combine_blocks`, whose rows then stay in the cache
+
+
+@register_reference("moe_runtime::combine")
+def combine_blocks(
+    y_ND: Tensor,
+    weight_TK: Tensor,
+    row_TK: Tensor,
+    residual_TD: Tensor | None = None,
+    addend_TD: Tensor | None = None,
+) -> Tensor:
+    """The same in blocks of tokens: each row is passed over once, not K times. The CPU path."""
+    (T, K), D = weight_TK.shape, y_ND.shape[1]
+    acc = accumulator(y_ND.dtype)
+    added = [tensor for tensor in (residual_TD, addend_TD) if tensor is not None]
+    out_TD = (y_ND if residual_TD is None else residual_TD).new_empty(T, D)
+    any_dropped = bool((row_TK < 0).any())
+    for start in range(0, T, TOKENS):
+        tokens = slice(start, start + TOKENS)
+        row_N = row_TK[tokens].flatten()
+        rows_ND = gather_rows_reference(y_ND, row_N) if any_dropped else y_ND.index_select(0, row_N)
+        y_TKD = rows_ND.to(acc).view(-1, K, D)
+        sum_TD = torch.bmm(weight_TK[tokens, None].to(acc), y_TKD)[:, 0]
+        for tensor in added:
+            sum_TD += tensor[tokens].to(acc)
+        out_TD[tokens] = sum_TD
+    return out_TD
 
 
 @register_reference("moe_runtime::combine_backward")

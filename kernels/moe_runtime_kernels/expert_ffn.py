@@ -18,14 +18,15 @@ every backward pass through the call adds, whatever gradients it was asked for.
 The identity for dweight and the set of saved tensors follow SonicMoE (Guo et al. 2025).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
+from ._activations import ACTIVATIONS, activate, activate_backward
 from ._checks import FLOATS, check_choice, check_dims, check_dtype, check_same, check_shape
+from ._cpu_experts import expert_ffn_backward_blocks, expert_ffn_blocks
 from ._dispatch import accumulator, cast_for_autocast, register_kernel, register_reference
 from .combine import check_gates, combine_reference
 from .grouped_gemm import (
@@ -94,38 +95,9 @@ def _returned(
     return [x, gate_up and gate_up_main_grad is None, down and down_main_grad is None, *rest]
 
 
-# --- reference: the definition, in the plainest PyTorch; also the CPU path --------------
-
-_aten = torch.ops.aten
-# name: (value of h, gradient in h of <grad, value>)
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "silu": (functional.silu, _aten.silu_backward.default),
-    "gelu": (functional.gelu, _aten.gelu_backward.default),
-    "gelu_tanh": (
-        lambda h: functional.gelu(h, approximate="tanh"),
-        lambda grad, h: _aten.gelu_backward.default(grad, h, approximate="tanh"),
-    ),
-    "relu": (functional.relu, lambda grad, h: grad * (h > 0)),
-    "relu2": (lambda h: functional.relu(h).square(), lambda grad, h: grad * 2 * functional.relu(h)),
-}
+# --- reference: the definition, in the plainest PyTorch; the CPU path is in _cpu_experts.py ----
 
 
-def _activate(h_NG: Tensor, F: int, activation: str) -> Tensor:
-    """a_NF of h_NG: the activation of h, or with G = 2F of its first half, times its second half."""
-    act, _ = ACTIVATIONS[activation]
-    return act(h_NG) if h_NG.shape[1] == F else act(h_NG[:, :F]) * h_NG[:, F:]
-
-
-def _activate_backward(da_NF: Tensor, h_NG: Tensor, activation: str) -> Tensor:
-    act, act_grad = ACTIVATIONS[activation]
-    F = da_NF.shape[1]
-    if h_NG.shape[1] == F:
-        return act_grad(da_NF, h_NG)
-    gate_NF, up_NF = h_NG[:, :F], h_NG[:, F:]
-    return torch.cat([act_grad(da_NF * up_NF, gate_NF), da_NF * act(gate_NF)], dim=1)
-
-
-@register_reference("moe_runtime::expert_ffn")
 def expert_ffn_reference(  # noqa: PLR0913 - the operation's own arguments, in its schema's order
     x_TD: Tensor,
     gate_up_EGD: Tensor,
@@ -144,14 +116,12 @@ def expert_ffn_reference(  # noqa: PLR0913 - the operation's own arguments, in i
 ) -> tuple[Tensor, Tensor]:
     x_ND = gather_rows_reference(x_TD, token_N)
     h_NG = grouped_gemm_reference(x_ND, gate_up_EGD, offset_E, gate_up_bias_EG)
-    a_NF = _activate(h_NG.to(accumulator(h_NG.dtype)), down_EDF.shape[2], activation).to(x_TD.dtype)
+    a_NF = activate(h_NG.to(accumulator(h_NG.dtype)), down_EDF.shape[2], activation).to(x_TD.dtype)
     y_ND = grouped_gemm_reference(a_NF, down_EDF, offset_E, down_bias_ED)
     y_TD = combine_reference(y_ND, weight_TK, row_TK, residual_TD)
     return y_TD, h_NG if keep_h else h_NG.new_empty(0, h_NG.shape[1])
 
 
-@register_reference("moe_runtime::expert_ffn_add_backward")
-@register_reference("moe_runtime::expert_ffn_backward")
 def expert_ffn_backward_reference(  # noqa: PLR0913 - the operation's own arguments, in its schema's order
     grad_TD: Tensor,
     x_TD: Tensor,
@@ -180,7 +150,7 @@ def expert_ffn_backward_reference(  # noqa: PLR0913 - the operation's own argume
     weight_N1 = gather_rows_reference(weight_TK.reshape(-1, 1).to(acc), slot_N)
     wide_NG = _h(h_NG, x_TD, gate_up_EGD, gate_up_bias_EG, token_N, offset_E).to(acc)
     if needs_weight or needs_down:
-        a_NF = _activate(wide_NG, down_EDF.shape[2], activation)
+        a_NF = activate(wide_NG, down_EDF.shape[2], activation)
     if needs_down:
         ddown = _weight_grad(grad_ND, (weight_N1 * a_NF).to(dtype), offset_E, down_main_grad)
     if needs_down_bias:
@@ -192,7 +162,7 @@ def expert_ffn_backward_reference(  # noqa: PLR0913 - the operation's own argume
         dweight = gather_rows_reference(dweight_N[:, None], row_TK.flatten()).view_as(row_TK)
         dweight = dweight.to(weight_TK.dtype)
     if needs_x or needs_gate_up or needs_gate_up_bias:
-        dh_NG = _activate_backward(weight_N1 * da_NF, wide_NG, activation).to(dtype)
+        dh_NG = activate_backward(weight_N1 * da_NF, wide_NG, activation).to(dtype)
     if needs_gate_up:
         x_ND = gather_rows_reference(x_TD, token_N)
         dgate_up = _weight_grad(dh_NG, x_ND, offset_E, gate_up_main_grad)
@@ -233,6 +203,12 @@ def _bias_product(grad_ND: Tensor, bias_ED: Tensor | None, offset_E: Tensor) -> 
     row_N = torch.arange(grad_ND.shape[0], dtype=torch.int32, device=grad_ND.device)
     expert_N = torch.searchsorted(offset_E, row_N, right=True).clamp(max=bias_ED.shape[0] - 1)
     return (grad_ND.to(acc) * bias_ED[expert_N].to(acc)).sum(1)
+
+
+# the same on the CPU, for all devices without kernels of their own
+register_reference("moe_runtime::expert_ffn")(expert_ffn_blocks)
+register_reference("moe_runtime::expert_ffn_backward")(expert_ffn_backward_blocks)
+register_reference("moe_runtime::expert_ffn_add_backward")(expert_ffn_backward_blocks)
 
 
 # --- GPU: Triton is imported by the first launch, never by `import` ---------------------

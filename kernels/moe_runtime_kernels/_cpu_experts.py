@@ -1,0 +1,300 @@
+"""The expert layer on the CPU: what expert_ffn's references say, with fewer passes over memory.
+
+The references' steps each pass over all routed rows. Here a group of experts at a time goes through the
+gather, both products and the activation, while its rows are in the processor's cache.
+
+A group is neighbouring experts with about as many rows, which are one batch of products: one parallel region,
+in which threads share out experts, instead of one for each expert, in which they share out its few rows. Each
+expert is padded to the rows of the largest of its group with copies of its last row, which nobody reads.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._activations import activate, activate_backward
+from ._cpu import onednn_takes, product
+from ._dispatch import accumulator
+from .combine import combine_blocks
+
+MOST_EXPERTS = 16  # in a group
+MOST_ROWS = 1024  # of a group of several experts, padded: a product of more keeps all threads busy alone
+FEW_ROWS = 3  # of an expert, for which MKL's product has one thread
+PARTS = 8  # of a matrix that few rows of float32 are multiplied with
+
+
+class Group(NamedTuple):
+    """Neighbouring experts, all with rows, each padded to `height` of them."""
+
+    experts: slice
+    height: int
+    padded: slice  # its rows among the padded ones of all groups
+
+
+def make_groups(ends: Sequence[int], most_experts: int) -> list[Group]:
+    """Groups of the experts that have rows, in order; `ends` is offset_E."""
+    groups: list[Group] = []
+    count = [end - start for start, end in pairwise([0, *ends])]
+    first, E = 0, len(ends)
+    while first < E:
+        last, height, used = first + 1, count[first], count[first]
+        while last < min(E, first + most_experts) and height and count[last]:
+            taller, more = _rounded(max(height, count[last])), used + count[last]
+            # padding costs its share of the products, a group of its own the start of two
+            if taller * (last + 1 - first) > min(more + more // 8 + 4 * (last + 1 - first), MOST_ROWS):
+                break
+            last, height, used = last + 1, taller, more
+        if height:
+            start = groups[-1].padded.stop if groups else 0
+            padded = slice(start, start + height * (last - first))
+            groups.append(Group(slice(first, last), height, padded))
+        first = last
+    return groups
+
+
+def _rounded(height: int) -> int:
+    """Of groups: a few heights, because oneDNN compiles a kernel for each."""
+    return height if height <= 8 else -(-height // 4) * 4
+
+
+class Blocks(NamedTuple):
+    """A plan in groups. Where nothing is padded, `row_R` and `place_N` are None: both would count up."""
+
+    groups: list[Group]
+    ends: list[int]
+    row_R: Tensor | None  # the row of each padded one
+    place_N: Tensor | None  # where each row is among the padded ones
+
+    @property
+    def num_padded(self) -> int:
+        return self.groups[-1].padded.stop if self.groups else 0
+
+    def pad(self, rows_N: Tensor) -> Tensor:
+        """Of values for each row, those of the padded ones."""
+        return rows_N if self.row_R is None else rows_N.index_select(0, self.row_R)
+
+    def unpad(self, rows_R: Tensor) -> Tensor:
+        """Of values for each padded row, those of the rows that experts have."""
+        return rows_R if self.place_N is None else rows_R.index_select(0, self.place_N)
+
+    def places(self, row_TK: Tensor) -> Tensor:
+        """Where each choice's row is among the padded ones; -1 where it was dropped."""
+        if self.place_N is None or row_TK.numel() == 0:
+            return row_TK
+        return self.place_N[row_TK.clamp(min=0)].masked_fill(row_TK < 0, -1)
+
+
+def make_blocks(x_TD: Tensor, weight_EOI: Tensor, offset_E: Tensor) -> Blocks:
+    ends = offset_E.tolist()
+    groups = make_groups(ends, MOST_EXPERTS if batches_pay(x_TD, weight_EOI) else 1)
+    if not groups or groups[-1].padded.stop == ends[-1]:
+        return Blocks(groups, ends, None, None)
+    starts = [0, *ends]
+    of_experts = [
+        (group.padded.start + i * group.height - starts[e], group.height, ends[e] - starts[e], ends[e] - 1)
+        for group in groups
+        for i, e in enumerate(range(group.experts.start, group.experts.stop))
+    ]
+    shift_E, height_E, count_E, last_E = torch.tensor(of_experts).unbind(1)
+    row_R = torch.arange(groups[-1].padded.stop) - shift_E.repeat_interleave(height_E)
+    row_R = torch.minimum(row_R, last_E.repeat_interleave(height_E))
+    return Blocks(groups, ends, row_R, torch.arange(ends[-1]) + shift_E.repeat_interleave(count_E))
+
+
+def batches_pay(x_TD: Tensor, weight_EOI: Tensor) -> bool:
+    """Whether a batch of products is one call of the library that would do each of them."""
+    if x_TD.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return x_TD.dtype == torch.float32 and not onednn_takes(x_TD, weight_EOI[0])
+
+
+def experts_product(x_RI: Tensor, weight_nOI: Tensor, bias_nO: Tensor | None = None) -> Tensor:
+    """Each expert's padded rows times its matrix, plus its bias."""
+    n, O, I = weight_nOI.shape
+    few = x_RI.dtype == torch.float32 and x_RI.shape[0] <= FEW_ROWS * n and weight_nOI.is_contiguous()
+    if few and not onednn_takes(x_RI, weight_nOI[0]):
+        return _few_rows_product(x_RI, weight_nOI, bias_nO)
+    if n == 1:
+        return product(x_RI, weight_nOI[0], None if bias_nO is None else bias_nO[0])
+    x_nMI, weight_nIO = x_RI.view(n, -1, I), weight_nOI.transpose(1, 2)
+    if bias_nO is None:
+        return torch.bmm(x_nMI, weight_nIO).view(-1, O)
+    return torch.baddbmm(bias_nO[:, None], x_nMI, weight_nIO).view(-1, O)
+
+
+def _few_rows_product(x_RI: Tensor, weight_nOI: Tensor, bias_nO: Tensor | None) -> Tensor:
+    """The same as a batch of products of the matrix with the rows, which threads share out in parts of it."""
+    n, O, I = weight_nOI.shape
+    x_nIM = x_RI.view(n, -1, I).transpose(1, 2)
+    if n == 1 and O % PARTS == 0:
+        y_nOM = torch.bmm(weight_nOI.view(PARTS, O // PARTS, I), x_nIM.expand(PARTS, -1, -1)).view(1, O, -1)
+    else:
+        y_nOM = torch.bmm(weight_nOI, x_nIM)
+    y_nMO = y_nOM.transpose(1, 2)
+    return (y_nMO if bias_nO is None else y_nMO + bias_nO[:, None]).reshape(-1, O)
+
+
+def _of(bias_EO: Tensor | None, group: Group) -> Tensor | None:
+    return None if bias_EO is None else bias_EO[group.experts]
+
+
+# --- forward ----------------------------------------------------------------------------
+
+
+def expert_ffn_blocks(  # noqa: PLR0913 - the operation's own arguments, in its schema's order
+    x_TD: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    gate_up_bias_EG: Tensor | None,
+    down_bias_ED: Tensor | None,
+    weight_TK: Tensor,
+    residual_TD: Tensor | None,
+    row_TK: Tensor,
+    token_N: Tensor,
+    slot_N: Tensor,
+    offset_E: Tensor,
+    tile_end_ME: Tensor,
+    activation: str,
+    keep_h: bool,
+) -> tuple[Tensor, Tensor]:
+    (G, D), F = gate_up_EGD.shape[1:], down_EDF.shape[2]
+    acc = accumulator(x_TD.dtype)
+    blocks = make_blocks(x_TD, gate_up_EGD, offset_E)
+    token_R = blocks.pad(token_N)
+    h_RG = x_TD.new_empty(blocks.num_padded if keep_h else 0, G)
+    # one row more than none, to be read and not used where all choices are dropped
+    y_RD = x_TD.new_empty(max(blocks.num_padded, 1), D)
+    for group in blocks.groups:
+        part_RG = _hidden(x_TD, gate_up_EGD, gate_up_bias_EG, token_R, group)
+        if keep_h:
+            h_RG[group.padded] = part_RG
+        a_RF = activate(part_RG.to(acc), F, activation).to(x_TD.dtype)
+        y_RD[group.padded] = experts_product(a_RF, down_EDF[group.experts], _of(down_bias_ED, group))
+    y_TD = combine_blocks(y_RD, weight_TK, blocks.places(row_TK), residual_TD)
+    return y_TD, _all_rows(h_RG, blocks, token_N) if keep_h else h_RG
+
+
+def _hidden(
+    x_TD: Tensor, gate_up_EGD: Tensor, bias_EG: Tensor | None, token_R: Tensor, group: Group
+) -> Tensor:
+    """h of a group's padded rows."""
+    x_RD = x_TD.index_select(0, token_R[group.padded])
+    return experts_product(x_RD, gate_up_EGD[group.experts], _of(bias_EG, group))
+
+
+def _all_rows(h_RG: Tensor, blocks: Blocks, token_N: Tensor) -> Tensor:
+    """h_NG of its padded rows; zero in those past the last expert's."""
+    h_NG = blocks.unpad(h_RG)
+    num_dropped = token_N.shape[0] - h_NG.shape[0]
+    return torch.cat([h_NG, h_NG.new_zeros(num_dropped, h_NG.shape[1])]) if num_dropped else h_NG
+
+
+# --- backward ---------------------------------------------------------------------------
+
+
+def expert_ffn_backward_blocks(  # noqa: C901, PLR0913 - one branch per gradient; the schema's arguments
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    gate_up_bias_EG: Tensor | None,
+    down_bias_ED: Tensor | None,
+    weight_TK: Tensor,
+    row_TK: Tensor,
+    token_N: Tensor,
+    slot_N: Tensor,
+    offset_E: Tensor,
+    tile_end_ME: Tensor,
+    h_NG: Tensor | None,
+    activation: str,
+    needs: Sequence[bool],
+    gate_up_main_grad: Tensor | None = None,
+    down_main_grad: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    needs_x, needs_gate_up, needs_down, needs_gate_up_bias, needs_down_bias, needs_weight = needs
+    dtype, acc, F = x_TD.dtype, accumulator(x_TD.dtype), down_EDF.shape[2]
+    blocks = make_blocks(x_TD, gate_up_EGD, offset_E)
+    token_R, used = blocks.pad(token_N), blocks.ends[-1]
+    grad_TD = grad_TD.to(dtype)
+    # zero for the copies: they add nothing to the gradients of weights and biases
+    weight_R1 = _weights(weight_TK.flatten().to(acc), slot_N[:used], blocks)[:, None]
+    dx_RD = x_TD.new_empty(max(blocks.num_padded, 1) if needs_x else 0, x_TD.shape[1])
+    dweight_R = weight_R1.new_empty(blocks.num_padded if needs_weight else 0)
+    dgate_up = _stack(gate_up_EGD, needs_gate_up and gate_up_main_grad is None, blocks)
+    ddown = _stack(down_EDF, needs_down and down_main_grad is None, blocks)
+    dgate_up_bias = _stack(gate_up_EGD[:, :, 0], needs_gate_up_bias, blocks)
+    ddown_bias = _stack(down_EDF[:, :, 0], needs_down_bias, blocks)
+
+    for group in blocks.groups:
+        experts, rows = group.experts, group.padded
+        grad_RD, gate_R1 = grad_TD.index_select(0, token_R[rows]), weight_R1[rows]
+        if h_NG is None:
+            h_RG = _hidden(x_TD, gate_up_EGD, gate_up_bias_EG, token_R, group).to(acc)
+        else:
+            h_RG = (h_NG[rows] if blocks.row_R is None else h_NG.index_select(0, blocks.row_R[rows])).to(acc)
+        da_RF = experts_product(grad_RD, down_EDF[experts].transpose(1, 2)).to(acc)
+        if needs_weight or needs_down:
+            a_RF = activate(h_RG, F, activation)
+        if needs_weight:
+            dweight_R[rows] = (da_RF * a_RF).sum(1)
+            if down_bias_ED is not None:
+                grad_nMD = grad_RD.to(acc).view(-1, group.height, grad_RD.shape[1])
+                dweight_R[rows] += (grad_nMD * down_bias_ED[experts, None].to(acc)).sum(2).flatten()
+        if needs_down:
+            _weight_grad(grad_RD, (gate_R1 * a_RF).to(dtype), ddown, down_main_grad, group)
+        if needs_down_bias:
+            ddown_bias[experts] = _sums(gate_R1 * grad_RD.to(acc), group)
+        dh_RG = activate_backward(gate_R1 * da_RF, h_RG, activation).to(dtype)
+        if needs_gate_up:
+            x_RD = x_TD.index_select(0, token_R[rows])
+            _weight_grad(dh_RG, x_RD, dgate_up, gate_up_main_grad, group)
+        if needs_gate_up_bias:
+            dgate_up_bias[experts] = _sums(dh_RG.to(acc), group)
+        if needs_x:
+            dx_RD[rows] = experts_product(dh_RG, gate_up_EGD[experts].transpose(1, 2))
+    ones_TK = torch.ones_like(row_TK, dtype=acc)
+    dx = combine_blocks(dx_RD, ones_TK, blocks.places(row_TK)) if needs_x else dx_RD.flatten()
+    dweight = weight_TK.new_zeros(weight_TK.shape if needs_weight else (0,))
+    if needs_weight:
+        dweight.view(-1)[slot_N[:used]] = blocks.unpad(dweight_R).to(dweight.dtype)
+    return dx, dgate_up, ddown, dgate_up_bias, ddown_bias, dweight
+
+
+def _weights(weight_N: Tensor, slot_N: Tensor, blocks: Blocks) -> Tensor:
+    """The gates of padded rows, zero for the copies."""
+    of_rows_N = weight_N.index_select(0, slot_N)
+    if blocks.place_N is None:
+        return of_rows_N
+    return of_rows_N.new_zeros(blocks.num_padded).index_copy_(0, blocks.place_N, of_rows_N)
+
+
+def _stack(like: Tensor, needed: bool, blocks: Blocks) -> Tensor:
+    """A gradient, zero for experts without rows; without elements where it is not needed."""
+    if not needed:
+        return like.new_empty(0)
+    grad = like.new_empty(like.shape)
+    for e, (start, end) in enumerate(pairwise([0, *blocks.ends])):
+        if start == end:
+            grad[e].zero_()
+    return grad
+
+
+def _sums(grad_RO: Tensor, group: Group) -> Tensor:
+    """Of each expert's rows."""
+    return grad_RO.view(-1, group.height, grad_RO.shape[1]).sum(1)
+
+
+def _weight_grad(
+    grad_RO: Tensor, x_RI: Tensor, dweight_EOI: Tensor, main_grad_EOI: Tensor | None, group: Group
+) -> None:
+    """The gradients of a group's matrices, written, or added to the main gradients."""
+    grad_nOM = grad_RO.view(-1, group.height, grad_RO.shape[1]).transpose(1, 2)
+    x_nMI = x_RI.view(-1, group.height, x_RI.shape[1])
+    if main_grad_EOI is None:
+        torch.bmm(grad_nOM, x_nMI, out=dweight_EOI[group.experts])
+    else:
+        acc = main_grad_EOI.dtype
+        main_grad_EOI[group.experts].baddbmm_(grad_nOM.to(acc), x_nMI.to(acc))
