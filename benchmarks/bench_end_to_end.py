@@ -1,9 +1,10 @@
 """Whole models: a training step, a prefill and one decoded token, against transformers and dense models.
 
-Ours is this project's causal LM, and transformers' own model with `experts_implementation="moe_runtime"`.
-Each MoE implementation has the same weights and must give the logits (in training the loss and the gradient
-of the first layer's experts) of transformers' eager path in float32 as nearly as that path does in bfloat16,
-within a factor. Dense models are matched on active FLOPs and on the width of one expert.
+Ours is this project's causal LM, and transformers' own model with `experts_implementation="moe_runtime"`,
+also after `accelerate_model`, which swaps its routers. Each MoE implementation has the same weights and must
+give the logits (in training the loss and the gradient of the first layer's experts) of transformers' eager
+path in float32 as nearly as that path does in bfloat16, within a factor. Dense models are matched on active
+FLOPs and on the width of one expert.
 """
 
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from benchmarks.whole_models import (
     train_work,
     transformers_model,
 )
+from moe_runtime.hf.accelerate import accelerate_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16
@@ -111,9 +113,15 @@ def bench_end_to_end(compare, tiny, kind, name, phase):
     largest = {result: TIMES_EAGER * rms_error(eager[result], exact[result]) for result in exact}
 
     served = transformers_model(shape, "moe_runtime", DTYPE, DEVICE)
-    models = {"moe_runtime": our_model(served, DEVICE), "transformers_moe_runtime": served}
+    accelerated = transformers_model(shape, "moe_runtime", DTYPE, DEVICE)
+    accelerate_model(accelerated)
+    models = {
+        "moe_runtime": our_model(served, DEVICE),
+        "transformers_moe_runtime": served,
+        "transformers_accelerated": accelerated,
+    }
     works = dict.fromkeys(
-        ("moe_runtime", *(f"transformers_{name}" for name in IMPLEMENTATIONS)), WORK[phase](config, tokens)
+        (*models, *(f"transformers_{name}" for name in IMPLEMENTATIONS)), WORK[phase](config, tokens)
     )
     for match, dense in dense_configs(config, tokens).items():
         models[match], works[match] = dense_model(dense, DEVICE), WORK[phase](dense, tokens)

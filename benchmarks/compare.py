@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-OURS = ("moe", "one_call")  # beside every name with "moe_runtime" in it
+OURS = ("moe", "one_call", "transformers_accelerated")  # beside every name with "moe_runtime" in it
 CANNOT = 2
 
 

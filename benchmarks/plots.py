@@ -13,10 +13,11 @@ from matplotlib.ticker import FuncFormatter
 from moe_runtime.html import plain_axes, svg
 
 Rows = list[dict[str, Any]]
-OURS, DENSE, OTHERS = "#c8431b", "#5b6573", ("#1f5fa8", "#7fa6d0", "#8f7aa8", "#7d8f69", "#e08e0b", "#b9a27c")
+OURS, DENSE, OTHERS = "#c8431b", "#5b6573", ("#1f5fa8", "#7fa6d0", "#8f7aa8", "#7d8f69", "#b9a27c")
 COLOURS = {
     "moe_runtime": OURS,
     "transformers_moe_runtime": "#e3a587",
+    "transformers_accelerated": "#e08e0b",
     "moe": OURS,
     "dense_active_flops": DENSE,
     "dense_width": "#9aa5b1",

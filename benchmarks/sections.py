@@ -300,7 +300,8 @@ def _models_section(content: dict[str, Any], path: Path, root: Path) -> list[str
     explained = (
         "A training step (forward, backward, AdamW) of one row, a prefill of it with the logits of its last "
         "token, and the decoding of that token alone, batch 1. `moe_runtime` is this project's causal LM, "
-        '`transformers_moe_runtime` transformers\' own with `experts_implementation="moe_runtime"`; all of '
+        '`transformers_moe_runtime` transformers\' own with `experts_implementation="moe_runtime"`, '
+        "`transformers_accelerated` the same after `accelerate_model`, which swaps its routers; all of "
         "them have the same weights. The dense models are matched on active FLOPs and on the width of one "
         f"expert. Timed in turns, as they are called; medians. {_FLOOR_OF_MODELS} Peak memory is measured on "
         "GPUs only."

@@ -331,7 +331,8 @@ def test_one_round_has_no_spread():
 def test_whole_models_are_compared_with_transformers_and_dense_ones(tiny_run):
     (path,) = tiny_run.glob("*/*_end_to_end.json")
     rows = json.loads(path.read_text())["rows"]
-    ours, dense = {"moe_runtime", "transformers_moe_runtime"}, {"dense_active_flops", "dense_width"}
+    ours = {"moe_runtime", "transformers_moe_runtime", "transformers_accelerated"}
+    dense = {"dense_active_flops", "dense_width"}
     transformers = {f"transformers_{name}" for name in ("eager", "grouped_mm", "batched_mm")}
     assert [row["case"]["phase"] for row in rows] == ["train_step", "prefill", "decode"] * 2
     for row in rows:
