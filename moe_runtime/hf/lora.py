@@ -25,12 +25,13 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 PREFIX = "base_model.model."  # of every key of PEFT's
 ADAPTER = "default"  # PEFT's name for an only adapter; not in its files
-# what ParamWrapper of PEFT refuses, or what would need another rank or scaling for some of the experts
+# what PEFT refuses for stacked weights, or what adapts some modules or tokens otherwise than others
 PLAIN = {
     "peft_type": "LORA",
     "lora_dropout": 0,
     "bias": "none",
     "use_dora": False,
+    "alora_invocation_tokens": None,
     "rank_pattern": {},
     "alpha_pattern": {},
 }

@@ -168,6 +168,16 @@ def test_checkpointed_layers_give_the_same_gradients(family):
         assert torch.equal(plain, checkpointed)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiles_in_one_graph():
+    model = base_model("olmoe")
+    add_expert_lora(model, target_modules=["q_proj"])
+    fill(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(IDS, use_cache=False).logits, logits(model))
+
+
 @pytest.mark.parametrize("family", ["mixtral", "moe_runtime"])
 def test_merged_weights_are_the_same_model(family):
     base = base_model(family)
@@ -336,6 +346,7 @@ def broken(adapter, tmp_path):
         ),
         ({"use_dora": True}, "use_dora in adapter_config.json must be False"),
         ({"lora_dropout": 0.1}, "lora_dropout in adapter_config.json must be 0 "),
+        ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens in adapter_config.json must be None"),
         ({"alpha_pattern": {"down_proj": 3}}, "alpha_pattern in adapter_config.json must be {}"),
         ({"target_parameters": None}, "target_parameters in adapter_config.json must be given .* got None"),
         (
