@@ -53,24 +53,10 @@ def profile_command(  # noqa: PLR0913 - every option of the command is an argume
         outputs=parse_sizes("--output", output),
         rounds=rounds,
     )
-    _check_folder("--output-dir", output_dir)
-    if trace is not None:
-        _check_file("--trace", trace)
-    if html and find_spec("matplotlib") is None:
-        raise ValueError("--html needs matplotlib for its plots; run: pip install 'moe-runtime[demo]'")
-    import torch
-
+    _check_files(output_dir, trace, html=html)
     from .run import run_profile
     from .tables import print_profile
-    from .variants import DTYPES
 
-    if dtype not in ("auto", *DTYPES):
-        raise ValueError(f"--dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device must be cpu where there is no CUDA GPU, got {device!r}")
     console = Console(stderr=json_output)  # stdout is for the report
     if not console.is_terminal:  # a file or a pipe has no width; the tables need this much
         console.width = 140
@@ -78,8 +64,8 @@ def profile_command(  # noqa: PLR0913 - every option of the command is an argume
         model,
         settings=settings,
         compare=None if compare is None else [name.strip() for name in compare.split(",")],
-        device=device,
-        dtype=dtype,
+        device=_chosen_device(device),
+        dtype=_checked_dtype(dtype),
         trace=trace,
         console=console,
     )
@@ -91,19 +77,50 @@ def profile_command(  # noqa: PLR0913 - every option of the command is an argume
         typer.echo(json.dumps(report, indent=2))
 
 
-def _check_folder(option: str, folder: Path) -> None:
-    """Before anything is measured: the folder is there and can be written to, or can be made."""
+# --- checks, before anything is measured ---
+
+
+def _chosen_device(device: str | None) -> str:
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if device is None:
+        return "cuda" if has_gpu else "cpu"
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
+    if device.startswith("cuda") and not has_gpu:
+        raise ValueError(f"--device must be cpu where there is no CUDA GPU, got {device!r}")
+    return device
+
+
+def _checked_dtype(dtype: str) -> str:
+    from .variants import DTYPES
+
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"--dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+    return dtype
+
+
+def _check_files(output_dir: Path, trace: Path | None, *, html: bool) -> None:
+    _check_folder("--output-dir must be a folder", output_dir)
+    if trace is not None:
+        if trace.is_dir():
+            raise ValueError(f"--trace must be a file, and {trace} is a folder")
+        _check_folder("--trace must be in a folder", trace.absolute().parent)
+    if html and find_spec("matplotlib") is None:
+        raise ValueError("--html needs matplotlib for its plots; run: pip install 'moe-runtime[demo]'")
+
+
+def _check_folder(demand: str, folder: Path) -> None:
+    """The folder is there and can be written to, or can be made."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise ValueError(f"{option} must be a folder, and {there} is a file")
+        raise ValueError(f"{demand}, and {there} is a file")
     if not os.access(there, os.W_OK):
-        raise ValueError(f"{option} must be a folder that can be written to, and {there} is not")
+        raise ValueError(f"{demand} that can be written to, and {there} is not")
 
 
-def _check_file(option: str, file: Path) -> None:
-    if file.is_dir():
-        raise ValueError(f"{option} must be a file, and {file} is a folder")
-    _check_folder(option, file.absolute().parent)
+# --- the report ---
 
 
 def _write_report(folder: Path, report: dict[str, Any], *, html: bool) -> list[Path]:

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from ..generate import step_seconds
 from .breakdown import model_parts
 from .measure import random_prompt
-from .settings import Cell
+from .settings import Cell, ProfileSettings
 from .variants import Variant
 
 OUR_OPERATIONS = "moe_runtime::"
@@ -26,16 +26,16 @@ def _profiler(device: torch.device) -> profile:
 
 
 def top_operations(
-    variant: Variant, cell: Cell, *, steps: int, rows: int, seed: int
+    variant: Variant, cell: Cell, settings: ProfileSettings
 ) -> dict[str, list[dict[str, Any]]]:
-    """The operations of one prefill and of `steps` decode steps that take most time themselves.
+    """The operations of one prefill and of a few decode steps that take most time themselves.
 
     `self_s` leaves out what an operation calls, `total_s` does not; both are the device's. The registered
     operations of this project are always there: on a CPU most of their time is in the products that they
     call. The profiler's own cost is in the times; read them as shares.
     """
-    prompt_BL = random_prompt(variant.model, cell.batch, cell.prompt, seed)
-    steps = min(steps, cell.output - 1)
+    prompt_BL = random_prompt(variant.model, cell.batch, cell.prompt, settings.seed)
+    rows, steps = settings.operations, min(settings.traced_steps, cell.output - 1)
     step_times = step_seconds(variant.model, prompt_BL, steps)
     variant.enter("prefill")
     with _profiler(variant.model.device) as prefill:
@@ -69,15 +69,15 @@ def _rows(profiler: profile, rows: int, device: torch.device) -> list[dict[str, 
 # --- trace ---
 
 
-def write_trace(path: Path, variants: Sequence[Variant], cell: Cell, *, steps: int, seed: int) -> None:
+def write_trace(path: Path, variants: Sequence[Variant], cell: Cell, settings: ProfileSettings) -> None:
     """A Chrome trace of a prefill and some decode steps of every variant, with the parts of layers named.
 
     The file appears when it is whole; a name that ends in .gz is compressed.
     """
-    steps = min(steps, cell.output - 1)
+    steps = min(settings.traced_steps, cell.output - 1)
     with _profiler(variants[0].model.device) as profiler:
         for variant in variants:
-            prompt_BL = random_prompt(variant.model, cell.batch, cell.prompt, seed)
+            prompt_BL = random_prompt(variant.model, cell.batch, cell.prompt, settings.seed)
             step_times = step_seconds(variant.model, prompt_BL, steps)
             with _named_parts(variant.model):
                 variant.enter("prefill")

@@ -55,12 +55,11 @@ def run_profile(
     progress = StageProgress(console or Console(stderr=True))
     cells = settings.cells
     progress.expect([15.0, 5.0, *map(_cost, cells), 10.0])
+    place, context = torch.device(device), settings.longest
     with torch.no_grad(), quiet_transformers():
         with progress.stage("load", 15.0):
-            place = torch.device(device)
             model, weights = load_subject(source, dtype=dtype, device=place, seed=settings.seed)
             check_length(model, max(settings.prompts), max(settings.outputs))
-            context = settings.longest
             variants, notes = make_variants(model, compare, context=context, seed=settings.seed)
         with progress.stage("check that logits agree", 5.0):
             agreement = check_agreement(variants, cells[0], settings.seed)
@@ -68,28 +67,19 @@ def run_profile(
         resident = resident_bytes("VmRSS")
         measured = [_measure_cell(variants, cell, settings, roof, progress) for cell in cells]
         with progress.stage("profile operations", 10.0):
-            operations = {
-                variant.name: top_operations(
-                    variant,
-                    cells[-1],
-                    steps=settings.traced_steps,
-                    rows=settings.operations,
-                    seed=settings.seed,
-                )
-                for variant in variants
-            }
+            operations = {variant.name: top_operations(variant, cells[-1], settings) for variant in variants}
             if trace is not None:
-                write_trace(trace, variants, cells[-1], steps=settings.traced_steps, seed=settings.seed)
+                write_trace(trace, variants, cells[-1], settings)
     report = {
         "model": source,
         "weights": weights,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(place),
+        "device": device,
         "machine": describe_machine(),
         "settings": asdict(settings),
         "variants": {variant.name: _variant_entry(variant, context) for variant in variants},
         "notes": notes,
-        "agreement": {name: asdict(value) for name, value in agreement.items()},
+        "agreement": {name: asdict(found) for name, found in agreement.items()},
         "roof": asdict(roof),
         "process_resident_bytes": resident,
         "cells": measured,

@@ -424,7 +424,7 @@ def test_sizes():
         ("--output-dir FILE", "--output-dir must be a folder, and FILE is a file"),
         ("--output-dir FILE/x", "--output-dir must be a folder, and FILE is a file"),
         ("--trace FOLDER", "--trace must be a file, and FOLDER is a folder"),
-        ("--trace FILE/trace.json", "--trace must be a folder, and FILE is a file"),
+        ("--trace FILE/trace.json", "--trace must be in a folder, and FILE is a file"),
     ],
 )
 def test_mistakes_exit_with_2_and_one_sentence(profiled, mixtral, tmp_path, words, sentence):
