@@ -39,7 +39,9 @@ def draw(contents: Mapping[str, dict[str, Any]]) -> dict[str, tuple[str, str, st
     if "moe_layer" in rows:
         shown = "FLOPs and time as multiples of the dense layer of one expert's width."
         found["flops_dense.svg"] = ("moe_layer", shown, _against_dense(rows["moe_layer"]))
-    placed = {suite: _placed(rows[suite]) for suite in ("experts_cpu", "expert_ffn") if suite in rows}
+    placed = {
+        suite: _placed(rows[suite]) for suite in ("experts_cpu", "end_to_end", "expert_ffn") if suite in rows
+    }
     for suite, points in placed.items():
         if points:
             shown = "FLOP/s over the FLOPs per byte that a call needs at least, below the measured roofs."
@@ -149,7 +151,14 @@ def _latency(rows: Rows) -> str:
 
 
 def _placed(rows: Rows) -> Rows:
-    return [row for row in rows if "useful_flops" in row]
+    return [row for row in rows if "useful_flops" in row or "formula_bytes" in row]
+
+
+def _intensity(row: dict[str, Any], name: str) -> float:
+    """FLOPs per byte: of the row's work, or of the implementation's own."""
+    if "useful_flops" in row:
+        return row["useful_flops"] / row["bytes"]
+    return row["formula_flops"][name] / row["formula_bytes"][name]
 
 
 def _roofline(rows: Rows) -> str:
@@ -167,7 +176,12 @@ def _roofline(rows: Rows) -> str:
 
 
 def _roofs(axes: Axes, rows: Rows, named: dict[str, str]) -> None:
-    intensity = [row["useful_flops"] / row["bytes"] for row in rows]
+    points = [
+        (_intensity(row, name), speed, name)
+        for row in rows
+        for name, speed in sorted(row["flops_per_s"].items(), reverse=True)
+    ]
+    intensity = [x for x, *_ in points]
     moved, made = rows[0]["copy_bytes_per_s"], rows[0]["product_flops_per_s"]
     ends = (0.5 * min(intensity), max(2 * max(intensity), 2 * made / moved))
     corner = made / moved
@@ -177,9 +191,8 @@ def _roofs(axes: Axes, rows: Rows, named: dict[str, str]) -> None:
         color="#1c2530",
         linewidth=1,
     )
-    for x, row in zip(intensity, rows, strict=True):
-        for name, speed in sorted(row["flops_per_s"].items(), reverse=True):
-            axes.plot(x, speed / 1e9, "o", color=named[name], markersize=5, markeredgecolor="white")
+    for x, speed, name in points:
+        axes.plot(x, speed / 1e9, "o", color=named[name], markersize=5, markeredgecolor="white")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(_plainly))

@@ -107,25 +107,20 @@ def _ratio_section(title: str, explained: str) -> Any:
         names = list(dict.fromkeys(name for row in rows for name in row["timings"]))
         first = rows[0]["ratio_to"]
         columns = list(dict.fromkeys(key for row in rows for key in row["case"]))
+        has_floor = "floor_share" in rows[0]
         table = _table(
             [
                 *columns,
-                *(f"{name} (ms, middle half)" for name in names),
-                f"time / {first}",
+                *(f"{name} (ms, middle half{'' if name == first else f'; times {first}'})" for name in names),
+                *(["of the floor"] if has_floor else []),
                 "FLOPs",
-                *(["of the floor"] if "floor_share" in rows[0] else []),
             ],
             [
                 [
                     *(str(row["case"].get(key, "")) for key in columns),
-                    *(_spread(row["timings"][name]) if name in row["timings"] else "" for name in names),
-                    ", ".join(f"{row['ratios'][name]:.2f}" for name in row["timings"] if name != first),
+                    *(_spread_and_ratio(row, name) for name in names),
+                    *([", ".join(map("{:.0%}".format, row["floor_share"].values()))] if has_floor else []),
                     ", ".join(f"{flops / 1e6:,.1f} M" for flops in dict.fromkeys(row["flops"].values())),
-                    *(
-                        [", ".join(map("{:.0%}".format, row["floor_share"].values()))]
-                        if "floor_share" in row
-                        else []
-                    ),
                 ]
                 for row in rows
             ],
@@ -133,6 +128,13 @@ def _ratio_section(title: str, explained: str) -> Any:
         return [f"## {title}", explained, table, *_reasons(rows), _origin(content, path, root)]
 
     return section
+
+
+def _spread_and_ratio(row: dict[str, Any], name: str) -> str:
+    if name not in row["timings"]:
+        return ""
+    spread = _spread(row["timings"][name])
+    return spread if name == row["ratio_to"] else f"{spread}; {row['ratios'][name]:.2f}"
 
 
 def _spread(timing: dict[str, float], unit: float = 1e3) -> str:
@@ -402,11 +404,10 @@ _FLOOR = (
     "over the speed of a copy (`benchmarks/floor.py`); errors are rms against float64, of the worst result."
 )
 SECTIONS = {  # in the order of the page
-    "experts_cpu": _product_section(
+    "experts_cpu": _ratio_section(
         "Experts on a CPU",
         "`expert_ffn` from the chosen experts on, planning included, against transformers' expert layers "
-        "from the same choices, and against a dense layer of the same active FLOPs. Timed in turns; medians. "
-        f"{_FLOOR}",
+        "from the same choices, and against a dense layer of the same active FLOPs. Timed in turns; medians.",
     ),
     "end_to_end": _models_section,
     "expert_lora": _ratio_section(

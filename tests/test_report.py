@@ -255,6 +255,7 @@ def model_row(phase, **more):
         "not_timed": {"transformers_batched_mm": "would copy 2.62 GiB of weights, more than 0.25"},
         "flops": {"moe_runtime": 7e9, "dense_width": 3e9},
         "formula_flops": {"moe_runtime": 6e9, "dense_width": 3e9, "transformers_eager": 6e9},
+        "formula_bytes": {"moe_runtime": 3e8, "dense_width": 1e8, "transformers_eager": 3e8},
         "flops_per_s": {"moe_runtime": 3e12, "dense_width": 3e12, "transformers_eager": 1.5e12},
         "bytes_per_s": dict.fromkeys(ms, 5e9),
         "floor_share": dict.fromkeys(ms, 0.25),
@@ -284,7 +285,7 @@ def test_whole_models_have_a_line_per_implementation_and_their_plots(tmp_path):
     )
     assert "- transformers_batched_mm: would copy 2.62 GiB of weights, more than 0.25" in page
     assert "a large bfloat16 product makes 12.00 TFLOP/s" in page
-    for name in ("speedup_end_to_end", "latency"):
+    for name in ("speedup_end_to_end", "latency", "roofline_end_to_end"):
         assert f"](plots/{name}.svg)" in page
         assert pages[tmp_path / "docs" / "plots" / f"{name}.svg"].startswith("<svg")
     assert pages == render_pages(tmp_path), "the same results gave other bytes"
@@ -350,7 +351,7 @@ def test_a_note_stands_below_its_suites_table(tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}")
     write_result(tmp_path, "cpu", "end_to_end", device="X", kind="cpu", rows=[model_row("prefill")])
     page = render_pages(tmp_path)[tmp_path / "docs" / "performance.md"]
-    assert page.endswith("(plots/speedup_end_to_end.svg)\n\nWhat worked.\n")
+    assert page.endswith("(plots/roofline_end_to_end.svg)\n\nWhat worked.\n")
 
 
 @pytest.mark.parametrize(("words", "package"), [("report", "matplotlib"), ("run", "pytest")])
