@@ -21,7 +21,9 @@ from ._dispatch import accumulator
 from .combine import combine_blocks
 
 MOST_EXPERTS = 16  # in a group
-MOST_ROWS = 1024  # of a group of several experts, padded: a product of more keeps all threads busy alone
+MOST_ROWS = 32  # of an expert in a group of several: a product of more keeps all threads busy alone
+MOST_HIDDEN = 2**21  # elements of h between the products of a few groups
+CACHED = 2**18  # elements of h that go through the activation at once: 1 MiB of float32
 FEW_ROWS = 3  # of an expert, for which MKL's product has one thread
 PARTS = 8  # of a matrix that few rows of float32 are multiplied with
 
@@ -44,7 +46,7 @@ def make_groups(ends: Sequence[int], most_experts: int) -> list[Group]:
         while last < min(E, first + most_experts) and height and count[last]:
             taller, more = _rounded(max(height, count[last])), used + count[last]
             # padding costs its share of the products, a group of its own the start of two
-            if taller * (last + 1 - first) > min(more + more // 8 + 4 * (last + 1 - first), MOST_ROWS):
+            if taller > MOST_ROWS or taller * (last + 1 - first) > more + more // 8 + 4 * (last + 1 - first):
                 break
             last, height, used = last + 1, taller, more
         if height:
@@ -111,18 +113,22 @@ def batches_pay(x_TD: Tensor, weight_EOI: Tensor) -> bool:
     return x_TD.dtype == torch.float32 and not onednn_takes(x_TD, weight_EOI[0])
 
 
-def experts_product(x_RI: Tensor, weight_nOI: Tensor, bias_nO: Tensor | None = None) -> Tensor:
-    """Each expert's padded rows times its matrix, plus its bias."""
+def experts_product(x_RI: Tensor, weight_nOI: Tensor, bias_nO: Tensor | None, out_RO: Tensor) -> None:
+    """Each expert's padded rows times its matrix, plus its bias, into `out`."""
     n, O, I = weight_nOI.shape
     few = x_RI.dtype == torch.float32 and x_RI.shape[0] <= FEW_ROWS * n and weight_nOI.is_contiguous()
-    if few and not onednn_takes(x_RI, weight_nOI[0]):
-        return _few_rows_product(x_RI, weight_nOI, bias_nO)
-    if n == 1:
-        return product(x_RI, weight_nOI[0], None if bias_nO is None else bias_nO[0])
-    x_nMI, weight_nIO = x_RI.view(n, -1, I), weight_nOI.transpose(1, 2)
-    if bias_nO is None:
-        return torch.bmm(x_nMI, weight_nIO).view(-1, O)
-    return torch.baddbmm(bias_nO[:, None], x_nMI, weight_nIO).view(-1, O)
+    through_onednn = onednn_takes(x_RI, weight_nOI[0])
+    if few and not through_onednn:
+        out_RO.copy_(_few_rows_product(x_RI, weight_nOI, bias_nO))
+    elif n == 1 and (through_onednn or bias_nO is not None):
+        out_RO.copy_(product(x_RI, weight_nOI[0], None if bias_nO is None else bias_nO[0]))
+    elif n == 1:
+        torch.mm(x_RI, weight_nOI[0].t(), out=out_RO)
+    elif bias_nO is None:
+        torch.bmm(x_RI.view(n, -1, I), weight_nOI.transpose(1, 2), out=out_RO.view(n, -1, O))
+    else:
+        x_nMI, weight_nIO = x_RI.view(n, -1, I), weight_nOI.transpose(1, 2)
+        torch.baddbmm(bias_nO[:, None], x_nMI, weight_nIO, out=out_RO.view(n, -1, O))
 
 
 def _few_rows_product(x_RI: Tensor, weight_nOI: Tensor, bias_nO: Tensor | None) -> Tensor:
@@ -161,28 +167,59 @@ def expert_ffn_blocks(  # noqa: PLR0913 - the operation's own arguments, in its 
     keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
     (G, D), F = gate_up_EGD.shape[1:], down_EDF.shape[2]
-    acc = accumulator(x_TD.dtype)
     blocks = make_blocks(x_TD, gate_up_EGD, offset_E)
     token_R = blocks.pad(token_N)
     h_RG = x_TD.new_empty(blocks.num_padded if keep_h else 0, G)
     # one row more than none, to be read and not used where all choices are dropped
     y_RD = x_TD.new_empty(max(blocks.num_padded, 1), D)
-    for group in blocks.groups:
-        part_RG = _hidden(x_TD, gate_up_EGD, gate_up_bias_EG, token_R, group)
+    for groups in chunks(blocks.groups, MOST_HIDDEN // G):
+        rows = slice(groups[0].padded.start, groups[-1].padded.stop)
+        part_RG = _hidden(x_TD, gate_up_EGD, gate_up_bias_EG, token_R, groups)
         if keep_h:
-            h_RG[group.padded] = part_RG
-        a_RF = activate(part_RG.to(acc), F, activation).to(x_TD.dtype)
-        y_RD[group.padded] = experts_product(a_RF, down_EDF[group.experts], _of(down_bias_ED, group))
+            h_RG[rows] = part_RG
+        a_RF = _activated(part_RG, F, activation)
+        for group, a_MF in zip(groups, a_RF.split([_size(group) for group in groups]), strict=True):
+            experts_product(a_MF, down_EDF[group.experts], _of(down_bias_ED, group), y_RD[group.padded])
     y_TD = combine_blocks(y_RD, weight_TK, blocks.places(row_TK), residual_TD)
     return y_TD, _all_rows(h_RG, blocks, token_N) if keep_h else h_RG
 
 
+def _activated(h_RG: Tensor, F: int, activation: str) -> Tensor:
+    """a_RF, computed in float32 and rounded once, in parts of h that stay in the cache."""
+    acc, most_rows = accumulator(h_RG.dtype), max(CACHED // h_RG.shape[1], 1)
+    if h_RG.shape[0] <= most_rows:
+        return activate(h_RG.to(acc), F, activation).to(h_RG.dtype)
+    a_RF = h_RG.new_empty(h_RG.shape[0], F)
+    for h_MG, a_MF in zip(h_RG.split(most_rows), a_RF.split(most_rows), strict=True):
+        a_MF.copy_(activate(h_MG.to(acc), F, activation))
+    return a_RF
+
+
+def chunks(groups: list[Group], most_rows: int) -> list[list[Group]]:
+    """Groups in turn, together no more than so many padded rows unless one alone has more."""
+    parts: list[list[Group]] = []
+    for group in groups:
+        if parts and group.padded.stop - parts[-1][0].padded.start <= most_rows:
+            parts[-1].append(group)
+        else:
+            parts.append([group])
+    return parts
+
+
+def _size(group: Group) -> int:
+    return group.padded.stop - group.padded.start
+
+
 def _hidden(
-    x_TD: Tensor, gate_up_EGD: Tensor, bias_EG: Tensor | None, token_R: Tensor, group: Group
+    x_TD: Tensor, gate_up_EGD: Tensor, bias_EG: Tensor | None, token_R: Tensor, groups: Sequence[Group]
 ) -> Tensor:
-    """h of a group's padded rows."""
-    x_RD = x_TD.index_select(0, token_R[group.padded])
-    return experts_product(x_RD, gate_up_EGD[group.experts], _of(bias_EG, group))
+    """h of the padded rows of groups that follow each other."""
+    x_RD = x_TD.index_select(0, token_R[groups[0].padded.start : groups[-1].padded.stop])
+    h_RG = x_TD.new_empty(x_RD.shape[0], gate_up_EGD.shape[1])
+    sizes = [_size(group) for group in groups]
+    for group, x_MD, h_MG in zip(groups, x_RD.split(sizes), h_RG.split(sizes), strict=True):
+        experts_product(x_MD, gate_up_EGD[group.experts], _of(bias_EG, group), h_MG)
+    return h_RG
 
 
 def _all_rows(h_RG: Tensor, blocks: Blocks, token_N: Tensor) -> Tensor:
@@ -232,10 +269,12 @@ def expert_ffn_backward_blocks(  # noqa: C901, PLR0913 - one branch per gradient
         experts, rows = group.experts, group.padded
         grad_RD, gate_R1 = grad_TD.index_select(0, token_R[rows]), weight_R1[rows]
         if h_NG is None:
-            h_RG = _hidden(x_TD, gate_up_EGD, gate_up_bias_EG, token_R, group).to(acc)
+            h_RG = _hidden(x_TD, gate_up_EGD, gate_up_bias_EG, token_R, [group]).to(acc)
         else:
             h_RG = (h_NG[rows] if blocks.row_R is None else h_NG.index_select(0, blocks.row_R[rows])).to(acc)
-        da_RF = experts_product(grad_RD, down_EDF[experts].transpose(1, 2)).to(acc)
+        da_RF = x_TD.new_empty(grad_RD.shape[0], F)
+        experts_product(grad_RD, down_EDF[experts].transpose(1, 2), None, da_RF)
+        da_RF = da_RF.to(acc)
         if needs_weight or needs_down:
             a_RF = activate(h_RG, F, activation)
         if needs_weight:
@@ -254,7 +293,7 @@ def expert_ffn_backward_blocks(  # noqa: C901, PLR0913 - one branch per gradient
         if needs_gate_up_bias:
             dgate_up_bias[experts] = _sums(dh_RG.to(acc), group)
         if needs_x:
-            dx_RD[rows] = experts_product(dh_RG, gate_up_EGD[experts].transpose(1, 2))
+            experts_product(dh_RG, gate_up_EGD[experts].transpose(1, 2), None, dx_RD[rows])
     ones_TK = torch.ones_like(row_TK, dtype=acc)
     dx = combine_blocks(dx_RD, ones_TK, blocks.places(row_TK)) if needs_x else dx_RD.flatten()
     dweight = weight_TK.new_zeros(weight_TK.shape if needs_weight else (0,))

@@ -1,0 +1,111 @@
+"""The expert layer of the CPU is the reference's, whatever groups and chunks its experts fall into."""
+
+import pytest
+import torch
+from close import assert_close_to_exact
+from expert_layers import NAMES, layer, make_inputs
+from inputs import PATTERNS, Routing, choose, run
+from moe_runtime_kernels import _cpu_experts, make_plan
+from moe_runtime_kernels._cpu_experts import MOST_EXPERTS, chunks, make_blocks, make_groups
+from moe_runtime_kernels.combine import TOKENS, combine_blocks, combine_reference
+from moe_runtime_kernels.expert_ffn import expert_ffn_backward_reference, expert_ffn_reference
+
+DTYPES = [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float32, id="fp32")]
+NEEDS = [True] * 6
+
+
+def by_reference(plan, inputs, grad, dtype):
+    """Output and gradients of the references, in `dtype`."""
+    x, gate_up, down, weight, gate_up_bias, down_bias, residual = (inputs[name].to(dtype) for name in NAMES)
+    operands = (x, gate_up, down, gate_up_bias, down_bias, weight)
+    y, h = expert_ffn_reference(*operands, residual, *plan, "silu", True)
+    dx, dgate_up, ddown, dgate_up_bias, ddown_bias, dweight = expert_ffn_backward_reference(
+        grad.to(dtype), *operands, *plan, h, "silu", NEEDS
+    )
+    grads = {"x": dx, "gate_up": dgate_up, "down": ddown, "weight": dweight}
+    grads |= {"gate_up_bias": dgate_up_bias, "down_bias": ddown_bias}
+    return {"out": y} | {f"d{name}": value for name, value in grads.items()}
+
+
+def assert_is_the_reference(routing, dtype):
+    plan = make_plan(choose(routing, "cpu"), routing.E)
+    inputs, grad = make_inputs(routing, dtype, optional=NAMES[4:])
+    inputs, grad = {name: value.cpu() for name, value in inputs.items()}, grad.cpu()
+    inputs["weight"] = inputs["weight"].to(dtype)  # so that a reference in dtype gets the same gates
+    actual = run(layer(plan), inputs, grad)
+    plain, exact = (by_reference(plan, inputs, grad, wanted) for wanted in (dtype, torch.float64))
+    for name in plain:
+        assert_close_to_exact(name, actual[name], plain[name], exact[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "routing",
+    [
+        Routing(70, 3, 40, "sentinels"),  # groups of several experts, padded, some of their choices dropped
+        Routing(20, 2, 33),  # many experts with a row or two and some with none
+        Routing(300, 4, 5),  # no groups
+    ],
+    ids=["groups", "few-rows", "single"],
+)
+def test_the_cpu_layer_is_the_reference(routing, dtype):
+    assert_is_the_reference(routing, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_chunks_and_caches_are_the_reference(dtype, monkeypatch):
+    monkeypatch.setattr(_cpu_experts, "MOST_HIDDEN", 2000)
+    monkeypatch.setattr(_cpu_experts, "CACHED", 700)
+    assert_is_the_reference(Routing(70, 3, 20), dtype)
+
+
+def test_groups_are_neighbours_with_about_as_many_rows():
+    experts = [
+        (g.experts.start, g.experts.stop, g.height) for g in make_groups([2, 5, 5, 7, 9, 109, 111], 16)
+    ]
+    assert experts == [(0, 2, 3), (3, 5, 2), (5, 6, 100), (6, 7, 2)]
+    assert [g.experts for g in make_groups([1, 2, 3], 1)] == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert make_groups([0, 0], 16) == []
+
+
+@pytest.mark.parametrize("routing", PATTERNS)
+def test_every_row_has_a_place_among_the_padded(routing):
+    plan = make_plan(choose(routing, "cpu"), routing.E)
+    x_TD = torch.empty(routing.T, 4)
+    blocks = make_blocks(x_TD, torch.empty(routing.E, 4, 4), plan.offset_E)
+    used = int(plan.offset_E[-1])
+    rows_N = torch.arange(used)
+    padded_R = blocks.pad(rows_N)
+    assert torch.equal(blocks.unpad(padded_R), rows_N)
+    owner_R = torch.searchsorted(plan.offset_E, padded_R, right=True)
+    for group in blocks.groups:
+        n = group.experts.stop - group.experts.start
+        assert n <= MOST_EXPERTS
+        expected = torch.arange(group.experts.start, group.experts.stop).repeat_interleave(group.height)
+        assert torch.equal(owner_R[group.padded], expected)
+    places = blocks.places(plan.row_TK)
+    kept = plan.row_TK >= 0
+    assert torch.equal(places >= 0, kept)
+    assert torch.equal(padded_R[places[kept].long()], plan.row_TK[kept].long())
+
+
+def test_chunks_keep_order_and_size():
+    groups = make_groups(list(range(10, 110, 10)), 1)
+    assert [len(part) for part in chunks(groups, 30)] == [3, 3, 3, 1]
+    assert [len(part) for part in chunks(groups, 1)] == [1] * 10
+    assert [group for part in chunks(groups, 30) for group in part] == groups
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_sum_in_blocks_of_tokens_is_the_reference(dtype):
+    T, K, D = TOKENS + 7, 3, 40
+    plan = make_plan(choose(Routing(T, K, 6, "sentinels"), "cpu"), 6)
+    g = torch.Generator().manual_seed(0)
+    y_ND, residual_TD, addend_TD = (torch.randn(n, D, generator=g).to(dtype) for n in (T * K, T, T))
+    y_ND[int(plan.offset_E[-1]) :] = torch.nan  # what nobody wrote is not read
+    weight_TK = torch.rand(T, K, generator=g)
+    operands = (y_ND, weight_TK, plan.row_TK, residual_TD, addend_TD)
+    exact = combine_reference(
+        *(o if o is None or not o.is_floating_point() else o.double() for o in operands)
+    )
+    assert_close_to_exact("combine", combine_blocks(*operands), combine_reference(*operands), exact)
