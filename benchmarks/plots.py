@@ -209,7 +209,7 @@ def _legend(figure: Figure, named: dict[str, str]) -> None:
     figure.legend(
         handles=[Patch(color=colour, label=name) for name, colour in named.items()],
         loc="outside upper center",
-        ncols=min(5, len(named)),
+        ncols=min(4, len(named)),
         fontsize=8,
         frameon=False,
     )
