@@ -46,6 +46,7 @@ setup(
             "pytest>=8.3",
             "pytest-benchmark>=5.1",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.11",
             "types-PyYAML",
         ],

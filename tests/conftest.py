@@ -5,7 +5,11 @@ import os
 import pytest
 import torch
 
-torch.set_num_threads(2)
+# `make test` runs two workers on two cores; what a test starts shares them too, and is no worker itself
+THREADS = max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+torch.set_num_threads(THREADS)
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+os.environ.pop("PYTEST_XDIST_WORKER", None)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
