@@ -265,35 +265,43 @@ def expert_ffn_backward_blocks(  # noqa: C901, PLR0913 - one branch per gradient
     dgate_up_bias = _stack(gate_up_EGD[:, :, 0], needs_gate_up_bias, blocks)
     ddown_bias = _stack(down_EDF[:, :, 0], needs_down_bias, blocks)
 
-    for group in blocks.groups:
-        experts, rows = group.experts, group.padded
+    for groups in chunks(blocks.groups, MOST_HIDDEN // 4 // gate_up_EGD.shape[1]):
+        rows = slice(groups[0].padded.start, groups[-1].padded.stop)
+        parts = [slice(g.padded.start - rows.start, g.padded.stop - rows.start) for g in groups]
         grad_RD, gate_R1 = grad_TD.index_select(0, token_R[rows]), weight_R1[rows]
         if h_NG is None:
-            h_RG = _hidden(x_TD, gate_up_EGD, gate_up_bias_EG, token_R, [group]).to(acc)
+            h_RG = _hidden(x_TD, gate_up_EGD, gate_up_bias_EG, token_R, groups).to(acc)
         else:
             h_RG = (h_NG[rows] if blocks.row_R is None else h_NG.index_select(0, blocks.row_R[rows])).to(acc)
         da_RF = x_TD.new_empty(grad_RD.shape[0], F)
-        experts_product(grad_RD, down_EDF[experts].transpose(1, 2), None, da_RF)
+        for group, part in zip(groups, parts, strict=True):
+            down_nFD = down_EDF[group.experts].transpose(1, 2)
+            experts_product(grad_RD[part], down_nFD, None, da_RF[part])
         da_RF = da_RF.to(acc)
         if needs_weight or needs_down:
             a_RF = activate(h_RG, F, activation)
         if needs_weight:
             dweight_R[rows] = (da_RF * a_RF).sum(1)
-            if down_bias_ED is not None:
-                grad_nMD = grad_RD.to(acc).view(-1, group.height, grad_RD.shape[1])
-                dweight_R[rows] += (grad_nMD * down_bias_ED[experts, None].to(acc)).sum(2).flatten()
         if needs_down:
-            _weight_grad(grad_RD, (gate_R1 * a_RF).to(dtype), ddown, down_main_grad, group)
-        if needs_down_bias:
-            ddown_bias[experts] = _sums(gate_R1 * grad_RD.to(acc), group)
+            weighted_RF = (gate_R1 * a_RF).to(dtype)
         dh_RG = activate_backward(gate_R1 * da_RF, h_RG, activation).to(dtype)
-        if needs_gate_up:
-            x_RD = x_TD.index_select(0, token_R[rows])
-            _weight_grad(dh_RG, x_RD, dgate_up, gate_up_main_grad, group)
-        if needs_gate_up_bias:
-            dgate_up_bias[experts] = _sums(dh_RG.to(acc), group)
-        if needs_x:
-            experts_product(dh_RG, gate_up_EGD[experts].transpose(1, 2), None, dx_RD[rows])
+        x_RD = x_TD.index_select(0, token_R[rows]) if needs_gate_up else x_TD
+        for group, part in zip(groups, parts, strict=True):
+            experts = group.experts
+            if needs_weight and down_bias_ED is not None:
+                grad_nMD = grad_RD[part].to(acc).view(-1, group.height, grad_RD.shape[1])
+                dweight_R[group.padded] += (grad_nMD * down_bias_ED[experts, None].to(acc)).sum(2).flatten()
+            if needs_down:
+                _weight_grad(grad_RD[part], weighted_RF[part], ddown, down_main_grad, group)
+            if needs_down_bias:
+                ddown_bias[experts] = _sums(gate_R1[part] * grad_RD[part].to(acc), group)
+            if needs_gate_up:
+                _weight_grad(dh_RG[part], x_RD[part], dgate_up, gate_up_main_grad, group)
+            if needs_gate_up_bias:
+                dgate_up_bias[experts] = _sums(dh_RG[part].to(acc), group)
+            if needs_x:
+                gate_up_nDG = gate_up_EGD[experts].transpose(1, 2)
+                experts_product(dh_RG[part], gate_up_nDG, None, dx_RD[group.padded])
     ones_TK = torch.ones_like(row_TK, dtype=acc)
     dx = combine_blocks(dx_RD, ones_TK, blocks.places(row_TK)) if needs_x else dx_RD.flatten()
     dweight = weight_TK.new_zeros(weight_TK.shape if needs_weight else (0,))
