@@ -7,11 +7,12 @@ the rows per expert on the host, so that every forward waits for the device and 
 
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 from moe_runtime_kernels import RoutingPlan
 from torch import Tensor
+
+from moe_runtime.optional import installed
 
 DEVICES = ("cuda",)
 INSTALL = (
@@ -25,7 +26,7 @@ def load_gmm() -> Callable[..., Tensor]:
     Raises:
         ModuleNotFoundError: megablocks, or the grouped GEMM that it has as an extra, is not installed.
     """
-    if find_spec("megablocks") is not None:
+    if installed("megablocks") is not None:
         operations = import_module("megablocks.grouped_gemm_util").ops
         if operations is not None:
             return operations.gmm

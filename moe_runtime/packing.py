@@ -6,11 +6,12 @@ which nothing checks, because that would wait for the device. Attention is flash
 different lengths where it is installed and takes the tensors; elsewhere a mask [L, L] keeps documents apart.
 """
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from moe_runtime.optional import installed
 
 FLASH_DEVICES = ("cuda",)
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
@@ -19,9 +20,9 @@ FLASH_WIDTHS = range(8, 257, 8)
 
 def _flash_version() -> int | None:
     """3 or 2, the higher one that is installed. Nothing is imported."""
-    if find_spec("flash_attn_interface") is not None:
+    if installed("flash_attn_interface") is not None:
         return 3
-    package = find_spec("flash_attn")  # version 4 has a package of this name too, without the module
+    package = installed("flash_attn")  # version 4 has a package of this name too, without the module
     folders = [] if package is None else package.submodule_search_locations or []
     return 2 if any(Path(folder, "flash_attn_interface.py").exists() for folder in folders) else None
 

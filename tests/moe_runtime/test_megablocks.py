@@ -160,8 +160,9 @@ def test_a_checkpoint_is_read_with_either_backend(megablocks, tmp_path):
 # --- what cannot run is refused ---
 
 
-def test_megablocks_that_is_not_installed(monkeypatch):
-    monkeypatch.setitem(sys.modules, "megablocks", None)
+@pytest.mark.parametrize("found", [None, ModuleType("megablocks")], ids=["nothing", "stub"])
+def test_megablocks_that_is_not_installed(found, monkeypatch):
+    monkeypatch.setitem(sys.modules, "megablocks", found)
     message = (
         "experts_backend 'megablocks' needs megablocks, which is not installed; as it pins torch 2.7.0, .*: "
         "pip install --no-build-isolation --no-deps megablocks=="

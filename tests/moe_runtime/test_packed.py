@@ -1,6 +1,7 @@
 """Packed batches: documents in one row are as each document alone, by a mask and by kernels of flash-attn."""
 
 import sys
+from types import ModuleType
 
 import flash_attention
 import pytest
@@ -168,6 +169,13 @@ def test_which_version_is_installed(files, version, tmp_path, monkeypatch):
         file.write_text("raise AssertionError('nothing is imported to find out')")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert packing._flash_version() == version
+
+
+def test_stubs_of_flash_attn_are_no_installation(monkeypatch):
+    """Programs put them in place of a real one to import models that want it."""
+    for name in ("flash_attn_interface", "flash_attn"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    assert packing._flash_version() is None
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # inside torch
