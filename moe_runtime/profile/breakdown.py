@@ -18,6 +18,7 @@ from .variants import Variant
 COMPONENTS = (
     "attention",
     "attention router",
+    "state space",
     "router",
     "experts",
     "shared expert",
@@ -28,6 +29,12 @@ COMPONENTS = (
     "head",
     "outside layers",
 )
+
+LAYER_PARTS = {
+    "attention": "attn|attention",
+    "state space": "mamba",
+    "feed-forward": "mlp|feed_forward|ffn|moe",
+}
 
 
 @dataclass(frozen=True)
@@ -54,10 +61,8 @@ def model_parts(model: Any) -> dict[nn.Module, Part]:
     parts[model.get_input_embeddings()] = Part("embedding")
     parts[model.get_output_embeddings()] = Part("head")
     for number, layer in enumerate(_decoder_layers(model)):
-        for name, module in layer.named_modules():
-            component = _component(name)
-            if component is not None:
-                parts[module] = Part(component, number)
+        for module, component in _components(layer):
+            parts[module] = Part(component, number)
         parts[layer] = Part("rest of a layer", number, is_layer=True)
     return parts
 
@@ -69,21 +74,33 @@ def _decoder_layers(model: Any) -> Sequence[nn.Module]:
     return next((list(found) for found in lists if len(found) == wanted), [])
 
 
-def _component(name: str) -> str | None:
-    """What a module of a layer is, by its name there; None is counted with the module around it."""
-    parent, _, last = name.rpartition(".")
-    if not parent:
-        if "norm" in last.lower():
-            return "norms"
-        if re.search("attn|attention", last):
-            return "attention"
-        if re.search("mlp|feed_forward|ffn|moe", last):
-            return "feed-forward"
-    if last in ("router", "gate"):
-        return "attention router" if re.search("attn|attention", parent) else "router"
-    if last == "experts":
+def _components(module: nn.Module, within: str | None = None) -> Iterator[tuple[nn.Module, str]]:
+    """The parts of a layer, however deep, and what they are; `within` is the outermost part around it."""
+    for name, child in module.named_children():
+        component = _component(name, child, within)
+        if component is not None:
+            yield child, component
+        yield from _components(child, within or component)
+
+
+def _component(name: str, module: nn.Module, within: str | None) -> str | None:
+    """What a module is, by its name and the part that it is in; None is counted with what is around it."""
+    if name in ("router", "gate"):
+        return "attention router" if within == "attention" else "router"
+    if name == "experts":
         return "experts"
-    return "shared expert" if last.startswith("shared_expert") else None
+    if name.startswith("shared_expert"):
+        return "shared expert"
+    if within is not None:
+        return None
+    if re.search("norm|^ln_", name.lower()):  # a module with more in it is a group, such as norm_attn_norm
+        return "norms" if not any(module.children()) else None
+    if name == "mixer":  # the one name of everything that a layer can be, which its class tells apart
+        name = type(module).__name__.lower()
+    for component, names in LAYER_PARTS.items():
+        if re.search(names, name):
+            return component
+    return None
 
 
 # --- clocks ---

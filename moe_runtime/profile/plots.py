@@ -16,6 +16,7 @@ COMPONENT_COLOURS = dict(
         (
             "#1f5fa8",
             "#7fa6d0",
+            "#3f9c8f",
             "#e08e0b",
             "#c8431b",
             "#e3a587",

@@ -9,14 +9,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_models import BAM, tiny_model
-from transformers import GraniteMoeConfig, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DbrxConfig,
+    GraniteMoeConfig,
+    JetMoeConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    NemotronHConfig,
+)
 
 from moe_runtime import shapes
 from moe_runtime.cli import main
 from moe_runtime.hf.loading import load_causal_lm
 from moe_runtime.hf.profiled import dense_twin, described, random_causal_lm
 from moe_runtime.profile import measure, roof, run, variants
-from moe_runtime.profile.breakdown import model_parts, timed_parts
+from moe_runtime.profile.breakdown import _decoder_layers, model_parts, timed_parts
 from moe_runtime.profile.page import render_page
 from moe_runtime.profile.settings import Cell, ProfileSettings, parse_sizes
 
@@ -376,6 +384,49 @@ def test_time_is_charged_to_the_part_and_the_layer_that_spend_it(model):
     assert 0.2 <= times.components["experts"] <= times.total
     assert sum(times.components.values()) == pytest.approx(times.total)
     assert times.components["feed-forward"] < 0.2
+
+
+def test_parts_are_found_in_groups_and_behind_one_name_for_all_of_them():
+    names = {
+        "norm_attn_norm": None,
+        "norm_attn_norm.norm_1": "norms",
+        "norm_attn_norm.attn": "attention",
+        "ffn": "feed-forward",
+        "ffn.router": "router",
+        "ffn.experts": "experts",
+    }
+    attention = {"kv_n_heads": 2, "rope_theta": 1e4}
+    feed_forward = {"moe_num_experts": 4, "hidden_size": 32}
+    config = DbrxConfig(d_model=32, n_heads=4, n_layers=1, attn_config=attention, ffn_config=feed_forward)
+    assert _components_of(config, 0, names) == names
+
+    config = NemotronHConfig(**SIZES, layers_block_type=["mamba", "attention", "moe", "mlp"])
+    mixers = [_components_of(config, number, ["norm", "mixer", "mixer.norm"]) for number in (0, 1, 2, 3)]
+    assert [found["mixer"] for found in mixers] == [
+        "state space",
+        "attention",
+        "feed-forward",
+        "feed-forward",
+    ]
+    assert [found["norm"] for found in mixers] == ["norms"] * 4
+    assert mixers[0]["mixer.norm"] is None
+    in_mixer = {"mixer.gate": "router", "mixer.experts": "experts", "mixer.shared_experts": "shared expert"}
+    assert _components_of(config, 2, in_mixer) == in_mixer
+
+
+def _components_of(config, number, names):
+    """What modules of a layer are counted as, by their names."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    parts, layer = model_parts(model), _decoder_layers(model)[number]
+    found = {name: parts[module].component for name, module in layer.named_modules() if module in parts}
+    return {name: found.get(name) for name in names}
+
+
+def test_routers_in_attention_stand_by_themselves():
+    config = JetMoeConfig(**SIZES)
+    names = {"self_attention.experts.router": "attention router", "mlp.router": "router"}
+    assert _components_of(config, 0, names) == names
 
 
 def test_hooks_are_gone_after_an_error(model):
