@@ -227,6 +227,9 @@ def _attach(
     use_rslora: bool,
 ) -> None:
     model.requires_grad_(False)
+    # what transformers renames and splits on saving: nothing, since Trainer does not undo it on resuming
+    model._conversions_without_lora = getattr(model, "_weight_conversions", None)
+    model._weight_conversions = []
     if target_modules:
         _inject_peft(model, target_modules, r=r, alpha=alpha, use_rslora=use_rslora)
     for name, targets in chosen.items():
@@ -281,6 +284,9 @@ def _detach(model: PreTrainedModel, *, merge: bool) -> None:
             model.set_submodule(name, module.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
+    if hasattr(model, "_conversions_without_lora"):
+        model._weight_conversions = model._conversions_without_lora
+        del model._conversions_without_lora
 
 
 # --- the files' side ---

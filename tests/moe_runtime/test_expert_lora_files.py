@@ -13,6 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import BAM, DENSE, tiny_model, tokens
 from torch import nn
+from trainers import THEIR_WARNINGS, examples, settings
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from moe_runtime.expert_lora import ExpertLoRA
 from moe_runtime.hf import lora
@@ -195,6 +197,45 @@ def test_merged_weights_are_the_same_model(family):
     assert adapted.state_dict().keys() == base.state_dict().keys()
     assert not any(module._forward_pre_hooks for model in (merged, adapted) for module in model.modules())
     add_expert_lora(adapted, target_modules=["q_proj"])  # as if there had been none
+
+
+def train_adapters(folder, *, resume=None):
+    """Mixtral after four steps of Trainer, adapters and routers trained, with a checkpoint after two."""
+    model = base_model("mixtral")
+    torch.manual_seed(0 if resume is None else 1)
+    add_expert_lora(model, r=2, target_modules=["q_proj"])
+    for layer in model.model.layers:
+        layer.mlp.gate.requires_grad_(True)
+    arguments = TrainingArguments(**settings(folder, save_strategy="steps", save_steps=2))
+    trainer = Trainer(model=model, args=arguments, train_dataset=examples())
+    trainer.train(resume_from_checkpoint=resume)
+    return model
+
+
+@THEIR_WARNINGS
+@pytest.mark.usefixtures("one_thread")
+def test_trainer_resumes_the_adapters(tmp_path):
+    """Mixtral's modules have other names than its published files, under which Trainer would save them."""
+    straight = train_adapters(tmp_path)
+    resumed = train_adapters(tmp_path, resume=tmp_path / "checkpoint-2")
+    before, after = base_model("mixtral").state_dict(), resumed.state_dict()
+    for name, value in straight.state_dict().items():
+        assert torch.equal(after[name], value), name
+        if "mlp.gate." in name:
+            assert not torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("end", [merge_expert_lora, remove_expert_lora])
+def test_without_adapters_it_is_saved_as_before(end, tmp_path):
+    base = base_model("mixtral")
+    base.save_pretrained(tmp_path / "before")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "before", experts_implementation="moe_runtime")
+    add_expert_lora(model)
+    end(model)
+    model.save_pretrained(tmp_path / "after")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
 def test_adapters_are_float32_beside_half_precision():
