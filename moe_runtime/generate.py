@@ -249,7 +249,11 @@ def measure_latency(
 def step_seconds(
     model: Any, prompt_BL: Tensor, new_tokens: int, static_cache: bool = False
 ) -> Iterator[float]:
-    """Seconds of the prefill, then of each decoded token; a step runs when its seconds are asked for."""
+    """Seconds of the prefill, then of each decoded token; a step runs when its seconds are asked for.
+
+    Raises:
+        ValueError: see `cache_of`.
+    """
     cache = None
     if static_cache:
         from .hf.cache import static_cache as make_cache
@@ -259,8 +263,20 @@ def step_seconds(
     for _ in range(1 + new_tokens):
         started = _now(model.device)
         outputs = model(input_ids=tokens_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, tokens_BL = outputs.past_key_values, outputs.logits[:, -1:].argmax(-1)
+        cache, tokens_BL = cache_of(model, outputs), outputs.logits[:, -1:].argmax(-1)
         yield _now(model.device) - started
+
+
+def cache_of(model: Any, outputs: Any) -> Any:
+    """The cache that the next step needs.
+
+    Raises:
+        ValueError: the model returned none, so that its next step would not see the tokens before.
+    """
+    cache = getattr(outputs, "past_key_values", None)
+    if cache is None:
+        raise ValueError(f"the model must decode with a cache (past_key_values), got {type(model).__name__}")
+    return cache
 
 
 def _now(device: torch.device) -> float:

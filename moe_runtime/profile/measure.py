@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..generate import step_seconds
+from ..generate import cache_of, step_seconds
 from .settings import Cell
 from .variants import DENSE, OURS, Variant
 
@@ -61,7 +61,7 @@ def check_agreement(variants: Sequence[Variant], cell: Cell, seed: int) -> dict[
     The reference is the first variant that is not ours.
 
     Raises:
-        ValueError: an implementation needs a package that is not installed.
+        ValueError: an implementation needs a package that is not installed, or the model has no cache.
         RuntimeError: two variants do not compute the same function, or one gives NaN or infinity.
     """
     steps = min(CHECKED_STEPS, cell.output - 1)
@@ -106,7 +106,7 @@ def _logits(variant: Variant, tokens_BL: Tensor, steps: int) -> Tensor:
     for position in range(prompt, tokens_BL.shape[1]):
         outputs = variant.model(
             input_ids=tokens_BL[:, position : position + 1],
-            past_key_values=outputs.past_key_values,
+            past_key_values=cache_of(variant.model, outputs),
             use_cache=True,
         )
         parts.append(outputs.logits)

@@ -11,9 +11,11 @@ import torch
 from tiny_models import BAM, tiny_model
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     DbrxConfig,
     GraniteMoeConfig,
     JetMoeConfig,
+    MambaConfig,
     MixtralConfig,
     MixtralForCausalLM,
     NemotronHConfig,
@@ -250,6 +252,21 @@ def test_a_config_of_a_family_without_flops_gets_random_weights_and_no_dense_mod
     assert entry["time_per_output_token_s"] is None
     assert "prefill_flops" not in entry
     assert "of decode steps" not in render_page(found)
+
+
+@pytest.mark.parametrize("output", [1, 3])
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1), "MambaForCausalLM"),
+        (BertConfig(**SIZES), "BertLMHeadModel"),  # returns past_key_values=None: it is no decoder
+    ],
+)
+def test_models_without_a_cache_are_refused(tmp_path, config, name, output):
+    config.save_pretrained(tmp_path)
+    settings = ProfileSettings(prompts=(6,), outputs=(output,), rounds=2)
+    with pytest.raises(ValueError, match=rf"must decode with a cache \(past_key_values\), got {name}$"):
+        profile_of(tmp_path / "config.json", settings=settings)
 
 
 def test_random_weights_come_from_the_seed(monkeypatch):
