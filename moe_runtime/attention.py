@@ -349,12 +349,14 @@ class CausalAttention(nn.Module):
         """What a position sees; None for all earlier ones."""
         L = query.shape[2]
         window = L if self.sliding_window is None else self.sliding_window
-        if cu_seqlens is None and window >= L:
-            return None
-        position_L = torch.arange(L, device=query.device)
-        age_LL = position_L[:, None] - position_L
-        mask_LL = (age_LL >= 0) & (age_LL < window)
-        return mask_LL if cu_seqlens is None else mask_LL & same_document(cu_seqlens, L)
+        if cu_seqlens is None:
+            if window >= L:
+                return None
+            mask_LL = torch.ones(L, L, device=query.device, dtype=torch.bool)
+        else:
+            mask_LL = same_document(cu_seqlens, L)
+        mask_LL.tril_()
+        return mask_LL if window >= L else mask_LL.triu_(1 - window)
 
 
 def rotary_tables(position_BL: Tensor, rotated_width: int, theta: float = 10000.0) -> Rotary:

@@ -19,6 +19,8 @@ from tiny_models import (
     tiny_model,
     tokens,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DataCollatorWithFlattening, modeling_flash_attention_utils
 from transformers.utils import is_flash_attn_2_available, is_kernels_available
 
@@ -201,6 +203,27 @@ def test_empty_documents_and_no_documents():
     packed = layer(randn(1, 5, D), cu_seqlens=ends((2, 0, 3, 0)), max_seqlen=3)
     assert_equal_up_to_rounding("y", packed, whole)
     assert layer(randn(1, 0, D), cu_seqlens=ends(()), max_seqlen=0).shape == (1, 0, D)
+
+
+class Created(TorchDispatchMode):
+    """Notes the form of every tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.forms = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.forms += [(x.dtype, tuple(x.shape)) for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        return result
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_mask_is_made_as_bools(window):
+    """Ages of tokens in int64 would be eight times its size."""
+    with Created() as created:
+        CausalAttention(window)._mask(randn(1, 2, L, 8), ends())
+    assert {dtype for dtype, shape in created.forms if shape == (L, L)} == {torch.bool}
 
 
 def test_no_value_is_read_on_the_host():
