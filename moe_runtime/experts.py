@@ -76,10 +76,9 @@ class Experts(nn.Module):
             residual_TD: added in the last step of the fused layer, which saves one pass over the output.
         """
         plan = make_plan(expert_TK.int(), self.num_experts)
-        if self.config.experts_backend == "megablocks":
-            return self._by_megablocks(x_TD, weight_TK, plan, residual_TD)
         adapted = getattr(self, "expert_lora", None)
         if adapted is not None:
+            self.check_takes_lora()
             return adapted(
                 x_TD,
                 self.gate_up_proj,
@@ -91,6 +90,8 @@ class Experts(nn.Module):
                 down_bias=self.down_bias,
                 residual_TD=residual_TD,
             )
+        if self.config.experts_backend == "megablocks":
+            return self._by_megablocks(x_TD, weight_TK, plan, residual_TD)
         if self.training and self.config.expert_dropout > 0:
             return self._with_dropout(x_TD, weight_TK, plan, residual_TD)
         return expert_ffn(
@@ -105,6 +106,18 @@ class Experts(nn.Module):
             residual_TD=residual_TD,
             recompute=self.config.recompute_experts,
         )
+
+    def check_takes_lora(self) -> None:
+        """A ValueError if the configuration asks for what an `expert_lora` does not compute."""
+        for option, wanted in (
+            ("experts_backend", "moe_runtime"),
+            ("expert_dropout", 0.0),
+            ("recompute_experts", False),
+        ):
+            if getattr(self.config, option) != wanted:
+                raise ValueError(
+                    f"{option} must be {wanted!r} with expert_lora, got {getattr(self.config, option)!r}"
+                )
 
     def _with_dropout(
         self, x_TD: Tensor, weight_TK: Tensor, plan: RoutingPlan, residual_TD: Tensor | None
@@ -121,8 +134,6 @@ class Experts(nn.Module):
         self, x_TD: Tensor, weight_TK: Tensor, plan: RoutingPlan, residual_TD: Tensor | None
     ) -> Tensor:
         """The same layer with the products of megablocks."""
-        if hasattr(self, "expert_lora"):
-            raise ValueError("experts_backend must be 'moe_runtime' with expert_lora, got 'megablocks'")
         check_tensors(x_TD, self.gate_up_proj)
         gmm, rows_E = load_gmm(), rows_per_expert(plan)
         h_NG = gmm(gather_rows(x_TD, plan), self.gate_up_proj, rows_E, trans_b=True)

@@ -146,12 +146,7 @@ def _layers(model: PreTrainedModel) -> dict[str, Any]:
     layers = {}
     for name, module in model.named_modules():
         if isinstance(module, Experts):
-            for option in ("expert_dropout", "recompute_experts"):
-                if getattr(module.config, option):
-                    raise ValueError(
-                        f"{option} must be off in a model with per-expert LoRA, got "
-                        f"{getattr(module.config, option)}"
-                    )
+            module.check_takes_lora()
         elif hasattr(module, "is_transposed") and hasattr(module, "down_proj"):
             _check_served(name, module)
         else:

@@ -20,8 +20,9 @@ from shape_names import checked_shape_names
 from tiny_models import assert_equal_up_to_rounding
 from torch.utils.checkpoint import checkpoint
 
+from moe_runtime.config import FeedForwardConfig, RouterConfig
 from moe_runtime.expert_lora import TARGETS, ExpertLoRA
-from moe_runtime.experts import activate
+from moe_runtime.experts import Experts, activate
 
 R, ALPHA = 3, 6.0
 OPTIONAL = ("gate_up_bias", "down_bias", "residual")
@@ -244,6 +245,23 @@ def test_merge_leaves_what_is_no_target():
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         ExpertLoRA(torch.empty(2, 6, 4), torch.empty(2, 4, 3), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"expert_dropout": 0.5}, "expert_dropout must be 0.0 with expert_lora, got 0.5"),
+        ({"recompute_experts": True}, "recompute_experts must be False with expert_lora, got True"),
+    ],
+)
+def test_experts_that_are_configured_for_more_refuse_it(options, message):
+    router = RouterConfig(hidden_size=D, num_experts=3, experts_per_token=2)
+    layer = Experts(FeedForwardConfig(hidden_size=D, intermediate_size=F, router=router, **options))
+    inputs = torch.ones(4, D), torch.zeros(4, 2, dtype=torch.int32), torch.ones(4, 2)
+    layer(*inputs)
+    layer.expert_lora = adapter(layer.gate_up_proj, layer.down_proj)
+    with pytest.raises(ValueError, match=message):
+        layer(*inputs)
 
 
 def test_every_gradient_is_compared_and_names_tell_shapes():

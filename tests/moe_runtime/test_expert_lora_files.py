@@ -298,8 +298,11 @@ def refused(call, message, kind=ValueError):
             lambda: base_model("nemotron_h"),
             r"must have gate_up_proj .*, got others in .* \(NemotronHExperts\)",
         ),
-        (lambda: base_model(expert_dropout=0.1), "expert_dropout must be off in .* got 0.1"),
-        (lambda: base_model(recompute_experts=True), "recompute_experts must be off in .* got True"),
+        (lambda: base_model(expert_dropout=0.1), "expert_dropout must be 0.0 with expert_lora, got 0.1"),
+        (
+            lambda: base_model(recompute_experts=True),
+            "recompute_experts must be False with expert_lora, got True",
+        ),
     ],
     ids=["dense", "another-implementation", "other-layout", "no-gate", "dropout", "recompute"],
 )
