@@ -452,6 +452,19 @@ def test_hooks_are_gone_after_an_error(model):
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model_parts(model))
 
 
+@pytest.mark.parametrize(("enough", "rounds"), [(60.0, 1 + roof.ROUNDS), (0.01, 1)])
+def test_slow_products_are_not_repeated(monkeypatch, enough, rounds):
+    monkeypatch.setattr(roof, "ENOUGH_S", enough)
+    calls = []
+
+    def product():
+        calls.append(None)
+        time.sleep(0.02)
+
+    assert roof._median_seconds(product, torch.device("cpu")) >= 0.02
+    assert len(calls) == rounds
+
+
 def test_added_memory_is_that_of_the_run():
     place = torch.device("cpu")
     nothing = measure.added_memory(place, lambda: None)
