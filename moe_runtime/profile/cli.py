@@ -11,6 +11,8 @@ from rich.console import Console
 
 from .settings import ProfileSettings, parse_sizes
 
+REPORT, PAGE = "report.json", "report.html"
+
 
 def profile_command(  # noqa: PLR0913 - every option of the command is an argument
     model: Annotated[
@@ -106,6 +108,10 @@ def _check_files(output_dir: Path, trace: Path | None, *, html: bool) -> None:
     if trace is not None:
         if trace.is_dir():
             raise ValueError(f"--trace must be a file, and {trace} is a folder")
+        if trace.resolve() in [(output_dir / name).resolve() for name in (REPORT, PAGE)]:
+            raise ValueError(
+                f"--trace must be another file than {REPORT} and {PAGE} of --output-dir, got {trace}"
+            )
         _check_folder("--trace must be in a folder", trace.absolute().parent)
     if html and find_spec("matplotlib") is None:
         raise ValueError("--html needs matplotlib for its plots; run: pip install 'moe-runtime[demo]'")
@@ -127,9 +133,9 @@ def _write_report(folder: Path, report: dict[str, Any], *, html: bool) -> list[P
     """report.json and, on request, report.html, each replaced when whole."""
     from .page import render_page
 
-    texts = {"report.json": json.dumps(report, indent=1)}
+    texts = {REPORT: json.dumps(report, indent=1)}
     if html:
-        texts["report.html"] = render_page(report)
+        texts[PAGE] = render_page(report)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         unfinished = folder / f"{name}.part"

@@ -505,6 +505,11 @@ def test_sizes():
         ("--output-dir FILE", "--output-dir must be a folder, and FILE is a file"),
         ("--output-dir FILE/x", "--output-dir must be a folder, and FILE is a file"),
         ("--trace FOLDER", "--trace must be a file, and FOLDER is a folder"),
+        (
+            "--trace FOLDER/../out/report.json",
+            "--trace must be another file than report.json and report.html",
+        ),
+        ("--trace FOLDER/../out/report.html --html", "of --output-dir, got FOLDER/../out/report.html"),
         ("--trace FILE/trace.json", "--trace must be in a folder, and FILE is a file"),
     ],
 )
