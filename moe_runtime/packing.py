@@ -38,9 +38,9 @@ def packed_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
         num_tokens: L, all documents together.
 
     Raises:
-        ValueError: cu_seqlens is not int32 with one axis.
+        ValueError: cu_seqlens is not int32 with one axis and an element.
     """
-    _check_cu_seqlens(cu_seqlens)
+    check_cu_seqlens("cu_seqlens", cu_seqlens)
     token_L, document_L = _documents(cu_seqlens, num_tokens)
     return (token_L - cu_seqlens[document_L]).long().unsqueeze(0)
 
@@ -54,7 +54,7 @@ def same_document(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 def _documents(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Tokens 0 to L - 1, and which document each is of."""
     token_L = torch.arange(num_tokens, device=cu_seqlens.device, dtype=torch.int32)
-    return token_L, torch.searchsorted(cu_seqlens, token_L, right=True) - 1
+    return token_L, torch.searchsorted(cu_seqlens.contiguous(), token_L, right=True) - 1
 
 
 def check_packed(query: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> None:
@@ -67,7 +67,7 @@ def check_packed(query: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | Non
         if max_seqlen is not None:
             raise ValueError(f"cu_seqlens must be given with max_seqlen ({max_seqlen}), got None")
         return
-    _check_cu_seqlens(cu_seqlens)
+    check_cu_seqlens("cu_seqlens", cu_seqlens)
     if type(max_seqlen) is not int:
         raise ValueError(
             "max_seqlen must be the length of the longest document as a number on the host, so that nothing "
@@ -79,10 +79,11 @@ def check_packed(query: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | Non
         )
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor) -> None:
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
+def check_cu_seqlens(name: str, cu_seqlens: Tensor) -> None:
+    """Raise ValueError, with the name that the caller knows it by, unless it has the form above."""
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
         raise ValueError(
-            "cu_seqlens must be int32 of shape (documents + 1,), got "
+            f"{name} must be int32 of shape (documents + 1,), got "
             f"{str(cu_seqlens.dtype).removeprefix('torch.')} of shape {tuple(cu_seqlens.shape)}"
         )
 
@@ -108,6 +109,7 @@ def flash_attention(
         from flash_attn_interface import flash_attn_varlen_func
     else:
         from flash_attn.flash_attn_interface import flash_attn_varlen_func
+    cu_seqlens = cu_seqlens.contiguous()
     attended = flash_attn_varlen_func(
         *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),  # [L, heads, P]
         cu_seqlens_q=cu_seqlens,

@@ -104,6 +104,8 @@ class FakeFlash:
         assert q.dtype in self.dtypes
         assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
         assert cu_q.dtype == cu_k.dtype == torch.int32
+        assert cu_q.is_contiguous()
+        assert cu_k.is_contiguous()
         assert torch.equal(cu_q, cu_k)
         lengths = cu_q.diff().tolist()
         assert int(max_q) == int(max_k) == max(lengths)

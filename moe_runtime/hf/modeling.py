@@ -31,7 +31,7 @@ from moe_runtime.block import Block, BlockOutput
 from moe_runtime.experts import Experts
 from moe_runtime.linear import Linear
 from moe_runtime.norms import make_norm
-from moe_runtime.packing import packed_positions
+from moe_runtime.packing import check_cu_seqlens, packed_positions
 from moe_runtime.publishing import AUTO_MAP
 from moe_runtime.routers import SoftRouter, TopKRouter, TopKSoftRouter
 
@@ -295,7 +295,8 @@ class MoeRuntimeModel(MoeRuntimePreTrainedModel):
         each other; without an `attention_mask`, whose presence hides them from transformers.
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, or `cu_seq_lens_q` has
+                another form than in `moe_runtime.packing` or comes with a cache and no `position_ids`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
@@ -304,6 +305,12 @@ class MoeRuntimeModel(MoeRuntimePreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         B, L = inputs_embeds.shape[:2]
         if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
+            if past_key_values is not None:
+                raise ValueError(
+                    "past_key_values must be None with cu_seq_lens_q and no position_ids, because positions "
+                    f"then start at 0, got {type(past_key_values).__name__}"
+                )
+            check_cu_seqlens("cu_seq_lens_q", kwargs["cu_seq_lens_q"])
             position_ids = packed_positions(kwargs["cu_seq_lens_q"], B * L).view(B, L)
         # Before a cache is made and positions are filled in: positions that are given, and no cache, are what
         # transformers finds packed documents by, which waits for the device.

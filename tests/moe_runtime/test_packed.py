@@ -21,7 +21,7 @@ from tiny_models import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DataCollatorWithFlattening, modeling_flash_attention_utils
+from transformers import DataCollatorWithFlattening, DynamicCache, modeling_flash_attention_utils
 from transformers.utils import is_flash_attn_2_available, is_kernels_available
 
 from moe_runtime import packing
@@ -245,11 +245,23 @@ def test_no_value_is_read_on_the_host():
             r"cu_seqlens must be int32 of shape \(documents \+ 1,\), got int64 of shape \(4,\)",
         ),
         ({"cu_seqlens": ends()[None], "max_seqlen": 7}, r"got int32 of shape \(1, 4\)"),
+        ({"cu_seqlens": ends()[:0], "max_seqlen": 7}, r"got int32 of shape \(0,\)"),
     ],
 )
 def test_arguments_that_no_packed_row_has(given, message):
     with pytest.raises(ValueError, match=message):
         mixture()(randn(1, L, D), **given)
+
+
+@pytest.mark.parametrize("by_flash", [False, True])
+def test_ends_that_lie_apart_in_memory(by_flash, flash):
+    if by_flash:
+        flash(2, (torch.float32,))
+    layer, x_BLD = flash_mixture(), randn(1, L, D)
+    apart = ends().repeat_interleave(2)[::2]
+    y_BLD = layer(x_BLD, cu_seqlens=apart, max_seqlen=LONGEST)
+    assert torch.equal(y_BLD, layer(x_BLD, cu_seqlens=ends(), max_seqlen=LONGEST))
+    assert torch.equal(packed_positions(apart, L), packed_positions(ends(), L))
 
 
 def test_two_packed_rows_are_refused():
@@ -335,6 +347,25 @@ def test_batches_of_the_flattening_collator():
     ]  # a loss is the mean over predicted tokens
     expected = sum(sums) / sum(len(ids) - 1 for ids in documents)
     torch.testing.assert_close(model(**batch).loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"cu_seq_lens_q": ends().long()},
+            r"cu_seq_lens_q must be int32 of shape \(documents \+ 1,\), got int64 of shape \(4,\)",
+        ),
+        ({"cu_seq_lens_q": ends()[:0]}, r"cu_seq_lens_q must be .*, got int32 of shape \(0,\)"),
+        (
+            {"cu_seq_lens_q": ends(), "past_key_values": DynamicCache()},
+            "past_key_values must be None with cu_seq_lens_q and no position_ids, .*, got DynamicCache",
+        ),
+    ],
+)
+def test_ends_that_a_model_does_not_take(given, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(tokens(1, L), **given)
 
 
 def test_a_mask_hides_documents():
