@@ -291,8 +291,9 @@ class MoeRuntimeModel(MoeRuntimePreTrainedModel):
     ) -> MoeRuntimeModelOutput:
         """Hidden states of token ids, or of embeddings, [B, L, D].
 
-        Positions that restart within a row, or transformers' `cu_seq_lens_q`, pack documents that do not see
-        each other; without an `attention_mask`, whose presence hides them from transformers.
+        Positions that do not go up by one, or transformers' `cu_seq_lens_q`, pack documents that do not see
+        each other, also with `use_cache`; without `past_key_values` and without an `attention_mask`, whose
+        presence hides them from transformers.
 
         Raises:
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, or `cu_seq_lens_q` has

@@ -376,6 +376,17 @@ def test_a_mask_hides_documents():
     assert (packed - masked)[:, LENGTHS[0] :].abs().max() > 0.01
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_positions_that_do_not_go_up_by_one_part_documents(use_cache):
+    """As the page on layers says; a mask of ones makes them one document."""
+    model, ids = tiny_model(), tokens(1, L)
+    position_ids = torch.arange(0, 2 * L, 2)[None]
+    parted = model(ids, position_ids=position_ids, use_cache=use_cache).logits
+    assert_equal_up_to_rounding("logits", parted, model(ids.view(L, 1)).logits.view(parted.shape))
+    whole = model(ids, position_ids=position_ids, attention_mask=torch.ones_like(ids)).logits
+    assert (parted - whole)[:, 1:].abs().max() > 0.01
+
+
 @pytest.mark.skipif(is_flash_attn_2_available() or is_kernels_available(), reason="flash-attn is here")
 def test_flash_kernels_that_are_not_installed():
     message = "FlashAttention2 .* the package for FlashAttention2 doesn't seem to be installed"
