@@ -32,6 +32,8 @@ PLAIN = {
     "bias": "none",
     "use_dora": False,
     "alora_invocation_tokens": None,
+    "layers_to_transform": None,
+    "exclude_modules": None,
     "rank_pattern": {},
     "alpha_pattern": {},
 }
@@ -340,7 +342,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"the adapter in {folder} cannot be read, a file may be truncated: {error}"
         ) from error
     for key, wanted in PLAIN.items():
-        if (config.get(key, wanted) or None) != (wanted or None):
+        if config.get(key) not in (wanted, None, [], {}):  # layers_to_transform may be 0
             raise ValueError(
                 f"{key} in {CONFIG_NAME} must be {wanted!r} for per-expert LoRA, got {config[key]!r}"
             )

@@ -391,6 +391,8 @@ def broken(adapter, tmp_path):
         ({"use_dora": True}, "use_dora in adapter_config.json must be False"),
         ({"lora_dropout": 0.1}, "lora_dropout in adapter_config.json must be 0 "),
         ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens in adapter_config.json must be None"),
+        ({"layers_to_transform": 0}, "layers_to_transform in adapter_config.json must be None .* got 0"),
+        ({"exclude_modules": ["layers.1"]}, "exclude_modules in .* must be None .* got .'layers.1'"),
         ({"alpha_pattern": {"down_proj": 3}}, "alpha_pattern in adapter_config.json must be {}"),
         ({"target_parameters": None}, "target_parameters in adapter_config.json must be given .* got None"),
         (
