@@ -108,7 +108,7 @@ def eager_attention_forward(
 
 def _check_flash_dtype(implementation: str, query: Tensor) -> None:
     """transformers would look for the dtype of a Linear below the attention, and there is none."""
-    if query.dtype == torch.float32 and not torch.is_autocast_enabled(query.device.type):
+    if query.dtype == torch.float32:  # never under autocast, in which the projections return half precision
         raise ValueError(
             f"attn_implementation {implementation!r} needs a model in float16 or bfloat16, or autocast, got "
             "float32; load it with dtype=torch.bfloat16"
