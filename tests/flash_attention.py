@@ -15,10 +15,14 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class FakeFlash:
-    """`calls` holds one namespace per call, with the arguments by name."""
+    """`calls` holds one namespace per call, with the arguments by name.
+
+    An `early` FlashAttention 3 returns the softmax's logarithms too.
+    """
 
     def __init__(self, dtypes: tuple[torch.dtype, ...]) -> None:
         self.dtypes = dtypes
+        self.early = False
         self.calls: list[SimpleNamespace] = []
 
     def varlen_2(
@@ -52,6 +56,7 @@ class FakeFlash:
             softmax_scale,
             causal,
             window_size,
+            deterministic,
         )
 
     def varlen_3(
@@ -81,7 +86,7 @@ class FakeFlash:
         return_attn_probs=False,
     ):
         assert (seqused_q, seqused_k, qv, attention_chunk, softcap) == (None, None, None, 0, 0.0)
-        return self._varlen(
+        attended = self._varlen(
             q,
             k,
             v,
@@ -92,12 +97,22 @@ class FakeFlash:
             softmax_scale,
             causal,
             window_size,
+            deterministic,
         )
+        return (attended, q.new_zeros(q.shape[1], len(q))) if self.early else attended
 
-    def _varlen(self, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, causal, window_size):
+    def _varlen(self, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, causal, window_size, deterministic):
         self.calls.append(
             SimpleNamespace(
-                q=q, k=k, v=v, cu=cu_q, max=max_q, scale=softmax_scale, causal=causal, window=window_size
+                q=q,
+                k=k,
+                v=v,
+                cu=cu_q,
+                max=max_q,
+                scale=softmax_scale,
+                causal=causal,
+                window=window_size,
+                deterministic=deterministic,
             )
         )
         assert q.dtype == k.dtype == v.dtype

@@ -140,9 +140,28 @@ def test_half_precision_by_flash_kernels_is_that_of_the_mask(flash):
     assert (by_flash - by_mask).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * by_mask.abs().max()
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_flash_kernels_are_deterministic_where_torch_is(version, flash):
+    fake = flash(version)
+    query = randn(1, 2, L, 8).half()
+    for enabled in (False, True):
+        torch.use_deterministic_algorithms(enabled, warn_only=True)
+        CausalAttention()(query, query, query, ends(), LONGEST)
+    assert [call.deterministic for call in fake.calls] == [False, True]
+
+
+def test_early_kernels_return_logarithms_too(flash):
+    fake = flash(3)
+    query = randn(1, 2, L, 8).half()
+    attended, _ = CausalAttention()(query, query, query, ends(), LONGEST)
+    fake.early = True
+    by_early, _ = CausalAttention()(query, query, query, ends(), LONGEST)
+    assert torch.equal(by_early, attended)
+
+
 @pytest.mark.parametrize(
     ("dtype", "width", "length"),
-    [(torch.float32, 8, L), (torch.float16, 6, L), (torch.float16, 264, L), (torch.float16, 8, 0)],
+    [(torch.float32, 8, L), (torch.float16, 12, L), (torch.float16, 264, L), (torch.float16, 8, 0)],
 )
 def test_what_flash_kernels_cannot_take_gets_a_mask(dtype, width, length, flash):
     fake = flash(2)
@@ -332,6 +351,15 @@ def test_a_model_by_flash_kernels_equals_its_documents(kind, way, version, flash
     assert [call.q.shape for call in fake.calls] == [(L, heads, 8)] * 2
     assert all(call.causal and call.scale == 8**-0.5 for call in fake.calls)
     assert all(call.cu.tolist() == [0, 4, 5, 12] for call in fake.calls)
+
+
+def test_ends_of_the_documents_of_two_rows():
+    """They go on from row to row."""
+    model, ids = tiny_model(), tokens(2, L)
+    packed = model(ids, cu_seq_lens_q=ends((*LENGTHS, 5, 7))).logits
+    documents = [*ids[:1].split(LENGTHS, 1), *ids[1:].split((5, 7), 1)]
+    alone = torch.cat([model(document).logits for document in documents], 1)
+    assert_equal_up_to_rounding("logits", packed.flatten(0, 1), alone[0])
 
 
 def test_batches_of_the_flattening_collator():
