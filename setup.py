@@ -53,7 +53,6 @@ setup(
         "flash-attn": ["flash-attn>=2.8"],
         "gguf": ["gguf>=0.17"],
         "gpu": [f"triton>=3.6; {CUDA_OR_ROCM}"],
-        "megablocks": ["megablocks>=0.10"],
         "peers": ["liger-kernel>=0.8.5", "moe-ops>=0.1.0"],
         "train": ["accelerate>=1.10", "datasets>=4", "peft>=0.18", "trl>=1"],
     },

@@ -7,6 +7,7 @@ rows of each expert on the host as int64. megablocks 0.10.0 hands the function o
 import copy
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import expert_layers
@@ -22,6 +23,7 @@ from moe_runtime.feed_forward import MoEFeedForward
 from moe_runtime.hf import MoeRuntimeForCausalLM
 
 D, F_ = expert_layers.D, expert_layers.F
+LAYERS = Path(__file__).parents[2] / "docs" / "layers.md"
 
 
 class GroupedGemm(torch.autograd.Function):
@@ -174,6 +176,11 @@ def test_megablocks_that_is_not_installed(found, monkeypatch):
         ModuleNotFoundError, match="needs the grouped GEMM of megablocks, which is not installed"
     ):
         Experts(config())
+
+
+def test_the_page_on_layers_says_how_it_is_installed():
+    """No extra does: pip finds no megablocks for the torch of this project."""
+    assert f"`{megablocks_backend.INSTALL}`" in LAYERS.read_text(encoding="utf-8")
 
 
 def test_tensors_that_megablocks_does_not_take(megablocks, monkeypatch):
