@@ -74,13 +74,13 @@ class Blocks(NamedTuple):
     def num_padded(self) -> int:
         return self.groups[-1].padded.stop if self.groups else 0
 
-    def pad(self, rows_N: Tensor) -> Tensor:
-        """Of values for each row, those of the padded ones."""
-        return rows_N if self.row_R is None else rows_N.index_select(0, self.row_R)
+    def pad(self, values: Tensor) -> Tensor:
+        """Of values for each row [N, ...], those of the padded ones."""
+        return values if self.row_R is None else values.index_select(0, self.row_R)
 
-    def unpad(self, rows_R: Tensor) -> Tensor:
-        """Of values for each padded row, those of the rows that experts have."""
-        return rows_R if self.place_N is None else rows_R.index_select(0, self.place_N)
+    def unpad(self, values: Tensor) -> Tensor:
+        """Of values for each padded row [R, ...], those of the rows that experts have."""
+        return values if self.place_N is None else values.index_select(0, self.place_N)
 
     def places(self, row_TK: Tensor) -> Tensor:
         """Where each choice's row is among the padded ones; -1 where it was dropped."""
@@ -100,10 +100,10 @@ def make_blocks(x_TD: Tensor, weight_EOI: Tensor, offset_E: Tensor) -> Blocks:
         for group in groups
         for i, e in enumerate(range(group.experts.start, group.experts.stop))
     ]
-    shift_E, height_E, count_E, last_E = torch.tensor(of_experts).unbind(1)
-    row_R = torch.arange(groups[-1].padded.stop) - shift_E.repeat_interleave(height_E)
-    row_R = torch.minimum(row_R, last_E.repeat_interleave(height_E))
-    return Blocks(groups, ends, row_R, torch.arange(ends[-1]) + shift_E.repeat_interleave(count_E))
+    shift, height, count, last = torch.tensor(of_experts).unbind(1)
+    row_R = torch.arange(groups[-1].padded.stop) - shift.repeat_interleave(height)
+    row_R = torch.minimum(row_R, last.repeat_interleave(height))
+    return Blocks(groups, ends, row_R, torch.arange(ends[-1]) + shift.repeat_interleave(count))
 
 
 def batches_pay(x_TD: Tensor, weight_EOI: Tensor) -> bool:
@@ -178,8 +178,8 @@ def expert_ffn_blocks(  # noqa: PLR0913 - the operation's own arguments, in its 
         if keep_h:
             h_RG[rows] = part_RG
         a_RF = _activated(part_RG, F, activation)
-        for group, a_MF in zip(groups, a_RF.split([_size(group) for group in groups]), strict=True):
-            experts_product(a_MF, down_EDF[group.experts], _of(down_bias_ED, group), y_RD[group.padded])
+        for group, a in zip(groups, a_RF.split([_size(group) for group in groups]), strict=True):
+            experts_product(a, down_EDF[group.experts], _of(down_bias_ED, group), y_RD[group.padded])
     y_TD = combine_blocks(y_RD, weight_TK, blocks.places(row_TK), residual_TD)
     return y_TD, _all_rows(h_RG, blocks, token_N) if keep_h else h_RG
 
@@ -190,8 +190,8 @@ def _activated(h_RG: Tensor, F: int, activation: str) -> Tensor:
     if h_RG.shape[0] <= most_rows:
         return activate(h_RG.to(acc), F, activation).to(h_RG.dtype)
     a_RF = h_RG.new_empty(h_RG.shape[0], F)
-    for h_MG, a_MF in zip(h_RG.split(most_rows), a_RF.split(most_rows), strict=True):
-        a_MF.copy_(activate(h_MG.to(acc), F, activation))
+    for h, a in zip(h_RG.split(most_rows), a_RF.split(most_rows), strict=True):
+        a.copy_(activate(h.to(acc), F, activation))
     return a_RF
 
 
@@ -217,16 +217,16 @@ def _hidden(
     x_RD = x_TD.index_select(0, token_R[groups[0].padded.start : groups[-1].padded.stop])
     h_RG = x_TD.new_empty(x_RD.shape[0], gate_up_EGD.shape[1])
     sizes = [_size(group) for group in groups]
-    for group, x_MD, h_MG in zip(groups, x_RD.split(sizes), h_RG.split(sizes), strict=True):
-        experts_product(x_MD, gate_up_EGD[group.experts], _of(bias_EG, group), h_MG)
+    for group, x, h in zip(groups, x_RD.split(sizes), h_RG.split(sizes), strict=True):
+        experts_product(x, gate_up_EGD[group.experts], _of(bias_EG, group), h)
     return h_RG
 
 
 def _all_rows(h_RG: Tensor, blocks: Blocks, token_N: Tensor) -> Tensor:
     """h_NG of its padded rows; zero in those past the last expert's."""
-    h_NG = blocks.unpad(h_RG)
-    num_dropped = token_N.shape[0] - h_NG.shape[0]
-    return torch.cat([h_NG, h_NG.new_zeros(num_dropped, h_NG.shape[1])]) if num_dropped else h_NG
+    h = blocks.unpad(h_RG)
+    num_dropped = token_N.shape[0] - h.shape[0]
+    return torch.cat([h, h.new_zeros(num_dropped, h.shape[1])]) if num_dropped else h
 
 
 # --- backward ---------------------------------------------------------------------------
@@ -310,9 +310,9 @@ def expert_ffn_backward_blocks(  # noqa: C901, PLR0913 - one branch per gradient
     return dx, dgate_up, ddown, dgate_up_bias, ddown_bias, dweight
 
 
-def _weights(weight_N: Tensor, slot_N: Tensor, blocks: Blocks) -> Tensor:
-    """The gates of padded rows, zero for the copies."""
-    of_rows_N = weight_N.index_select(0, slot_N)
+def _weights(weights: Tensor, slot_N: Tensor, blocks: Blocks) -> Tensor:
+    """Of the gates of all slots, those of padded rows; zero for the copies."""
+    of_rows_N = weights.index_select(0, slot_N)
     if blocks.place_N is None:
         return of_rows_N
     return of_rows_N.new_zeros(blocks.num_padded).index_copy_(0, blocks.place_N, of_rows_N)

@@ -82,13 +82,12 @@ def combine_blocks(
     any_dropped = bool((row_TK < 0).any())
     for start in range(0, T, TOKENS):
         tokens = slice(start, start + TOKENS)
-        row_N = row_TK[tokens].flatten()
-        rows_ND = gather_rows_reference(y_ND, row_N) if any_dropped else y_ND.index_select(0, row_N)
-        y_TKD = rows_ND.to(acc).view(-1, K, D)
-        sum_TD = torch.bmm(weight_TK[tokens, None].to(acc), y_TKD)[:, 0]
+        row = row_TK[tokens].flatten()
+        rows = gather_rows_reference(y_ND, row) if any_dropped else y_ND.index_select(0, row)
+        total = torch.bmm(weight_TK[tokens, None].to(acc), rows.to(acc).view(-1, K, D))[:, 0]
         for tensor in added:
-            sum_TD += tensor[tokens].to(acc)
-        out_TD[tokens] = sum_TD
+            total += tensor[tokens].to(acc)
+        out_TD[tokens] = total
     return out_TD
 
 
