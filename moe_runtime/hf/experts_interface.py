@@ -77,9 +77,10 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
             f"runs on {served_by(self)}"
         )
     if reason is not None:
-        logger.warning_once(
-            f"moe_runtime: {type(self).__name__} runs on transformers' {INSTEAD!r}, because {reason}"
-        )
+        if not torch.compiler.is_compiling():  # a logger would break the graph
+            logger.warning_once(
+                f"moe_runtime: {type(self).__name__} runs on transformers' {INSTEAD!r}, because {reason}"
+            )
         return ALL_EXPERTS_FUNCTIONS[INSTEAD](self, hidden_states, top_k_index, top_k_weights)
     x_TD = hidden_states.to(_dtype(hidden_states, self.down_proj))
     plan = make_plan(top_k_index, self.down_proj.shape[0])
@@ -169,9 +170,10 @@ class _TransposedGroupedGemm(torch.autograd.Function):
     """y = x @ W is what the gradient of y = x @ W.T computes, and vice versa: no weight is copied."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *plan: Tensor) -> Tensor:
-        offset, tile_end = plan
-        ctx.save_for_backward(x, weight, offset, tile_end)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor, tile_end: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, offset, tile_end)
         y = _input_grad(x, weight, offset, tile_end)
         if bias is None:
             return y

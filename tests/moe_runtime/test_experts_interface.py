@@ -1,5 +1,6 @@
 """`experts_implementation="moe_runtime"` against the experts' own forward, over transformers' families."""
 
+from contextlib import nullcontext
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -311,6 +312,17 @@ def test_under_autocast_products_take_its_dtype(kind):
 
 
 @pytest.mark.parametrize("kind", ["plain", "as-gpt-oss"])
+def test_autocast_leaves_float64_alone(kind):
+    options, _ = MODULES[kind]
+    module = experts_module(dtype=torch.float64, **options)
+    x, index = normal(7, D).double(), choose(SMALL, "cpu").long()
+    weight = normal(7, 2).softmax(1).double()
+    expected = module(x, index, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module(x, index, weight), expected)
+
+
+@pytest.mark.parametrize("kind", ["plain", "as-gpt-oss"])
 def test_choices_that_are_elsewhere_add_nothing(kind):
     options, _ = MODULES[kind]
     module = experts_module(**options)
@@ -354,6 +366,20 @@ def test_compiled_as_one_graph_for_all_lengths(kind):
         return inputs, normal(T, D, seed=2)
 
     assert_compiles_once(fn, make)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # inside torch
+@pytest.mark.parametrize("how", ["no_grad", "inference_mode", "frozen"])
+@pytest.mark.parametrize("kind", ["plain", "as-gpt-oss"])
+def test_compiled_where_nothing_needs_a_gradient(kind, how):
+    options, _ = MODULES[kind]
+    module = experts_module(**options).requires_grad_(how != "frozen")
+    x, index, weight = normal(7, D), choose(SMALL, "cpu").long(), normal(7, 2).softmax(1)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *inputs: module(*inputs), fullgraph=True, backend="eager")
+    modes = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "frozen": nullcontext}
+    with modes[how]():
+        assert torch.equal(compiled(x, index, weight), module(x, index, weight))
 
 
 def test_weights_that_are_computed():
@@ -417,6 +443,27 @@ def test_what_the_kernels_cannot_do_goes_to_transformers_and_is_said(monkeypatch
     ]
 
 
+def test_delegation_compiles_and_leaves_the_warning_out(monkeypatch):
+    warned = []
+    monkeypatch.setattr(experts_interface.logger, "warning_once", warned.append)
+    module = experts_module(num_experts=1030)
+    x, index, weight = normal(7, D), torch.tensor([[1029, 3]]).expand(7, 2), normal(7, 2).softmax(1)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *inputs: module(*inputs), fullgraph=True, backend="eager")
+    y = compiled(x, index, weight)
+    assert not warned
+    assert torch.equal(y, module(x, index, weight))
+    assert len(warned) == 1
+
+
+def test_as_many_experts_as_the_plan_takes():
+    module = experts_module(num_experts=1024)
+    assert served_by(module) == "expert_ffn"
+    x, index, weight = normal(7, D), torch.tensor([[1023, 3]]).expand(7, 2), normal(7, 2).softmax(1)
+    expected = ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, x, index, weight)
+    assert (module(x, index, weight) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def test_obstacles_name_the_weight():
     module = experts_module()
     assert obstacle(module) is None
@@ -455,6 +502,43 @@ def test_transposed_product(routing, dtype):
         return inputs, normal(rows, F, dtype=dtype, seed=300 + draw)
 
     assert_matches(product, definition, make, rows)
+
+
+def transposed_operands():
+    routing = Routing(9, 2, 6)
+    plan = make_plan(choose(routing, "cpu"), routing.E)
+    return normal(routing.T * routing.K, D), normal(routing.E, D, F, seed=1), plan
+
+
+def test_transposed_product_of_operands_that_are_not_contiguous(monkeypatch):
+    """The kernels take contiguous ones; their code for a CPU takes any."""
+    seen = []
+    for name in ("_input_grad", "_grouped_gemm", "_weight_grad"):
+        monkeypatch.setattr(experts_interface, name, seen_contiguous(getattr(experts_interface, name), seen))
+    x, weight, plan = transposed_operands()
+    weight.requires_grad_()
+    y = transposed_grouped_gemm(x.t().contiguous().t().requires_grad_(), weight, plan)
+    y.backward(normal(*y.t().shape).t())
+    assert seen == [True] * 3
+
+
+def seen_contiguous(operation, seen):
+    def call(*operands):
+        seen.append(all(x.is_contiguous() for x in operands if x is not None))
+        return operation(*operands)
+
+    return call
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_rows_are_kept_for_weights_that_learn(frozen):
+    x, weight, plan = transposed_operands()
+    x.requires_grad_(), weight.requires_grad_(not frozen)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.data_ptr()) or saved, id):
+        transposed_grouped_gemm(x, weight, plan)
+    assert weight.data_ptr() in kept
+    assert (x.data_ptr() in kept) == (not frozen)
 
 
 def test_transposed_weights_are_not_copied(monkeypatch):
