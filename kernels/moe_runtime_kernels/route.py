@@ -305,7 +305,8 @@ def route_topk(  # noqa: PLR0913 - one router, described once; RouterConfig hold
         token_mask_T = token_mask_T.contiguous()
     if num_sequences < 1 or T % num_sequences:
         raise ValueError(f"route_topk: num_sequences must divide T = {T}, got {num_sequences}")
-    if not (isinstance(scale, Real | torch.SymFloat) and math.isfinite(scale)):
+    # compared, because math.isfinite takes no number that torch.compile traces
+    if not (isinstance(scale, Real | torch.SymFloat) and -math.inf < scale < math.inf):
         raise ValueError(f"route_topk: scale must be a finite number, got {scale!r}")
     if check_finite:
         _check_finite(logits_TE, token_mask_T)

@@ -160,6 +160,19 @@ def test_compiled_as_one_graph_for_all_lengths(name):
     assert_compiles_once(fn, lambda length: ({"x": normal(length, D)}, normal(length, E, seed=2)))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # inside torch
+def test_compiled_with_a_symbolic_scale():
+    """`dynamic=True` makes symbols of a module's numbers too."""
+    router = swapped(make_router("DeepseekV3TopkRouter"))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: router(x), fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad():
+        for length in (9, 12):
+            x = normal(length, D)
+            for actual, expected in zip(compiled(x), router(x), strict=True):
+                assert torch.equal(actual, expected)
+
+
 # --- whole models ---------------------------------------------------------------------------
 
 # one of each row of the table, and one whose router is not in it
