@@ -155,19 +155,23 @@ class Acceleration:
     routers: dict[str, str] = field(default_factory=dict)
     """Name of each router: "route_topk", or "unchanged: " and its class."""
     _implementations: list[tuple[Any, str | None]] = field(default_factory=list, repr=False)
-    _classes: list[tuple[nn.Module, type]] = field(default_factory=list, repr=False)
 
     def undo(self) -> nn.Module:
-        """Give routers their classes and experts their implementation back; repeating it is harmless.
+        """Give every router of the model its class back, and experts the implementation they had.
+
+        Routers that were swapped before this call, or copied since, are among them. An implementation that
+        was "moe_runtime" before, or was set to another one since, stays. Repeating it is harmless.
 
         Returns:
             The model.
         """
-        for router, original in self._classes:
-            router.__class__ = original
+        for module in self.model.modules():
+            original = vars(type(module)).get("router_class")
+            if original is not None:
+                module.__class__ = original
         for config, implementation in self._implementations:
-            config._experts_implementation_internal = implementation
-        self._classes, self._implementations = [], []
+            if config._experts_implementation_internal == NAME:
+                config._experts_implementation_internal = implementation
         return self.model
 
     def __str__(self) -> str:
@@ -183,7 +187,7 @@ def accelerate_model(model: nn.Module) -> Acceleration:
         model: of transformers, or a module that holds one, such as a PEFT model.
 
     Returns:
-        Acceleration: `experts` and `routers` say what each module runs on, `undo()` restores everything.
+        Acceleration: `experts` and `routers` say what each module runs on, `undo()` takes it back.
 
     Raises:
         ValueError: the model has no experts on transformers' interface, or some that no kernel can run.
@@ -206,7 +210,7 @@ def accelerate_model(model: nn.Module) -> Acceleration:
         config._experts_implementation_internal = NAME
     for name, module in modules.items():
         if "Router" in type(module).__name__ or type(module).__name__ in BY_CLASS:
-            result.routers[name] = _swap(module, result)
+            result.routers[name] = _swap(module)
     return result
 
 
@@ -221,7 +225,7 @@ def is_experts(module: nn.Module) -> bool:
     return vars(module).keys() >= {"config", "has_gate", "has_bias", "is_transposed", "is_concatenated"}
 
 
-def _swap(router: nn.Module, result: Acceleration) -> str:
+def _swap(router: nn.Module) -> str:
     original: Any = type(router)
     if issubclass(original, FusedRouter):
         return "route_topk"
@@ -233,7 +237,6 @@ def _swap(router: nn.Module, result: Acceleration) -> str:
         or Version(transformers.__version__).release < Version(family.since).release
     ):
         return f"unchanged: {original.__name__}"
-    result._classes.append((router, original))
     router.__class__ = fused_class(original)
     return "route_topk"
 
@@ -242,6 +245,7 @@ class FusedRouter:
     """What all swapped routers have in common, in front of their own class."""
 
     router_family: RouterFamily
+    router_class: type  # its own class
 
     def forward(
         self: Any, hidden_states: Tensor, selection_bias: Tensor | None = None
@@ -275,7 +279,8 @@ class FusedRouter:
 def fused_class(original: type) -> type:
     """The subclass of a router's class that computes the same on `route_topk`; always the same one."""
     family = BY_CLASS[original.__name__]
-    return type(f"Fused{original.__name__}", (FusedRouter, original), {"router_family": family})
+    attributes = {"router_family": family, "router_class": original}
+    return type(f"Fused{original.__name__}", (FusedRouter, original), attributes)
 
 
 def _logits(router: Any, x_TD: Tensor, family: RouterFamily) -> Tensor:

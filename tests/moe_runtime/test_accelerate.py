@@ -281,26 +281,69 @@ def test_the_report_names_every_layer():
     ]
 
 
-def test_a_wrapped_and_copied_and_twice_accelerated_model():
+def fused_routers(model):
+    return [name for name, kind in routers_of(model).items() if issubclass(kind, FusedRouter)]
+
+
+def test_a_wrapped_model():
     class Wrapper(nn.Module):
         def __init__(self, model):
             super().__init__()
             self.inner = model
 
     model = tiny_family("mixtral")
-    first = accelerate_model(Wrapper(model))
-    assert first.experts.keys() == {f"inner.model.layers.{i}.mlp.experts" for i in range(2)}
-    expected = model(IDS).logits
-    second = accelerate_model(model)
-    assert set(second.routers.values()) == {"route_topk"}
-    assert torch.equal(copy.deepcopy(model)(IDS).logits, expected)
-    second.undo()
-    assert model.config._experts_implementation == "moe_runtime"
-    assert all(issubclass(kind, FusedRouter) for kind in routers_of(model).values())
-    first.undo()
-    first.undo()
+    acceleration = accelerate_model(Wrapper(model))
+    assert acceleration.experts.keys() == {f"inner.model.layers.{i}.mlp.experts" for i in range(2)}
+    acceleration.undo()
     assert model.config._experts_implementation == "eager"
-    assert not any(issubclass(kind, FusedRouter) for kind in routers_of(model).values())
+    assert not fused_routers(model)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 0, 1, 1)])
+def test_two_accelerations_are_undone_in_any_order(order):
+    model = tiny_family("mixtral")
+    classes = routers_of(model)
+    accelerations = [accelerate_model(model), accelerate_model(model)]
+    assert set(accelerations[1].routers.values()) == {"route_topk"}
+    for i in order:
+        accelerations[i].undo()
+    assert model.config._experts_implementation == "eager"
+    assert routers_of(model) == classes
+
+
+def test_an_implementation_that_was_chosen_since_stays():
+    model = tiny_family("mixtral")
+    acceleration = accelerate_model(model)
+    model.set_experts_implementation("batched_mm")
+    assert acceleration.undo().config._experts_implementation == "batched_mm"
+
+
+def test_a_copy_gets_its_routers_back():
+    model = tiny_family("mixtral")
+    classes = routers_of(model)
+    acceleration = accelerate_model(model)
+    expected = model(IDS).logits
+    other, duplicate = copy.deepcopy(model), copy.deepcopy(acceleration)
+    assert torch.equal(other(IDS).logits, expected)
+    assert routers_of(accelerate_model(other).undo()) == classes
+    assert other.config._experts_implementation == "moe_runtime"
+    assert routers_of(duplicate.undo()) == classes
+    assert duplicate.model.config._experts_implementation == "eager"
+    assert len(fused_routers(model)) == 2
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # inside PEFT
+def test_routers_that_peft_copies_are_undone():
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_family("mixtral")
+    acceleration = accelerate_model(model)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["gate"])
+    model = get_peft_model(model, config)
+    assert len(fused_routers(model)) == 4
+    acceleration.undo()
+    assert len(routers_of(model)) == 4
+    assert not fused_routers(model)
 
 
 def test_an_accelerated_model_is_saved_as_the_model(tmp_path):
@@ -339,7 +382,7 @@ def test_experts_that_no_kernel_can_run_are_refused_and_nothing_is_changed():
     with pytest.raises(ValueError, match=message + " is float8_e4m3fn, which no kernel takes"):
         accelerate_model(model)
     assert model.config._experts_implementation == "eager"
-    assert not any(issubclass(kind, FusedRouter) for kind in routers_of(model).values())
+    assert not fused_routers(model)
 
 
 def test_the_function_is_found_where_the_name_is_used():
