@@ -235,6 +235,7 @@ def _swap(router: nn.Module) -> str:
         family is None
         or not of_transformers
         or Version(transformers.__version__).release < Version(family.since).release
+        or not _groups_suffice(router, family)
     ):
         return f"unchanged: {original.__name__}"
     router.__class__ = fused_class(original)
@@ -304,6 +305,14 @@ def _groups(router: Any, family: RouterFamily) -> tuple[int, int]:
     if not family.grouped or getattr(router, "topk_method", None) == "greedy":
         return 1, 1
     return router.num_group, router.topk_group
+
+
+def _groups_suffice(router: Any, family: RouterFamily) -> bool:
+    """Whether the groups chosen from hold K experts, which `route_topk` asks for."""
+    if not family.grouped:
+        return True
+    groups, kept = _groups(router, family)
+    return kept * (router.weight.shape[0] // groups) >= router.top_k
 
 
 def _attribute(module: Any, path: str) -> Any:

@@ -346,6 +346,15 @@ def test_routers_that_peft_copies_are_undone():
     assert not fused_routers(model)
 
 
+def test_groups_with_too_few_experts_are_left_to_the_router():
+    """transformers fills the choice with experts of the other groups; `route_topk` refuses it."""
+    model = tiny_family("deepseek_v3", n_group=4, topk_group=1, num_experts_per_tok=3)
+    expected = model(IDS).logits
+    routers = accelerate_model(model).routers
+    assert set(routers.values()) == {"unchanged: DeepseekV3TopkRouter"}
+    assert (model(IDS).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def test_an_accelerated_model_is_saved_as_the_model(tmp_path):
     model = tiny_family("qwen3_moe")
     expected = model(IDS).logits
