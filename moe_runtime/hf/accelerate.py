@@ -190,8 +190,11 @@ def accelerate_model(model: nn.Module) -> Acceleration:
         Acceleration: `experts` and `routers` say what each module runs on, `undo()` takes it back.
 
     Raises:
-        ValueError: the model has no experts on transformers' interface, or some that no kernel can run.
+        ValueError: the model is no module, has no experts on transformers' interface, or some that no kernel
+            can run.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     register()
     result = Acceleration(model)
     modules = dict(model.named_modules())

@@ -375,6 +375,12 @@ def test_a_router_of_another_project_with_a_known_name_is_left_alone():
     assert routers["model.layers.1.mlp.gate"] == "route_topk"
 
 
+@pytest.mark.parametrize(("model", "kind"), [(None, "NoneType"), ("mixtral", "str")])
+def test_what_is_no_model_is_refused(model, kind):
+    with pytest.raises(ValueError, match=f"model must be a torch.nn.Module, got {kind}"):
+        accelerate_model(model)
+
+
 def test_a_model_without_experts_is_refused():
     message = "model must have experts on transformers' experts interface, such as Mixtral or Qwen3-MoE; "
     with pytest.raises(ValueError, match=message + "MoeRuntimeForCausalLM has none"):
