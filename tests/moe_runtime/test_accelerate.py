@@ -68,10 +68,14 @@ def swapped(router):
     return router
 
 
-def outcome(router, x_TD, bias_E):
+def bias_argument(kind):
+    """What some routers take after the rows: the bias of the choice."""
+    return (normal(E, seed=5, scale=0.3),) if len(inspect.signature(kind.forward).parameters) == 3 else ()
+
+
+def outcome(router, x_TD, extra):
     """Logits, gates of all experts, and gradients of the input and every parameter."""
     x_TD = x_TD.clone().requires_grad_()
-    extra = (bias_E,) if bias_E is not None else ()
     rows = (
         x_TD[None] if isinstance(getattr(router, "gate", None), nn.Linear) else x_TD
     )  # Afmoe's has two axes
@@ -87,11 +91,9 @@ def outcome(router, x_TD, bias_E):
 
 def assert_same_router(router, dtype=torch.float32, gradients=None):
     """`gradients`: a dtype that both round gradients to on their way, if it is not their own."""
-    bias_E = None
-    if len(inspect.signature(type(router).forward).parameters) == 3:
-        bias_E = normal(E, seed=5, scale=0.3)
+    extra = bias_argument(type(router))
     x_TD = normal(T, D, seed=6).to(dtype)
-    expected, actual = outcome(router, x_TD, bias_E), outcome(swapped(router), x_TD, bias_E)
+    expected, actual = outcome(router, x_TD, extra), outcome(swapped(router), x_TD, extra)
     assert actual.keys() == expected.keys()
     assert any(name.endswith("weight") for name in expected)
     assert torch.equal(actual["logits"], expected["logits"])
@@ -124,9 +126,19 @@ def test_bfloat16_rows_and_weights(name):
     assert_same_router(make_router(name, torch.bfloat16), torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if BY_CLASS[name].product != "input"])
+@pytest.mark.parametrize("name", MODULES)
 def test_bfloat16_rows_and_a_float32_router(name):
-    assert_same_router(make_router(name), torch.bfloat16)
+    """Some cast the rows; of the others, both refuse them."""
+    router = make_router(name)
+    extra = bias_argument(type(router))
+    rows = normal(1, T, D, seed=6).bfloat16()
+    try:
+        router(rows, *extra)
+    except RuntimeError:
+        with pytest.raises(RuntimeError, match="same dtype"):
+            swapped(router)(rows, *extra)
+    else:
+        assert_same_router(router, torch.bfloat16)
 
 
 # autocast computes their logits in its dtype, and transformers multiplies gates in that dtype
@@ -147,7 +159,7 @@ def test_autocast_changes_both_alike(name):
 def test_gates_of_sigmoid_scores_stay_float32_under_autocast(name):
     """The router's own are rounded to autocast's dtype, as its logits are."""
     router, x_TD = make_router(name), normal(T, D, seed=6)
-    extra = (normal(E, seed=5),) if len(inspect.signature(type(router).forward).parameters) == 3 else ()
+    extra = bias_argument(type(router))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits_TE, gates_TK, _ = swapped(router)(x_TD, *extra)
         its_logits_TE, its_gates_TK, _ = router(x_TD, *extra)
