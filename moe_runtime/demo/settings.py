@@ -13,8 +13,8 @@ class DemoSettings:
     """Rows are per domain. The defaults fill about seven minutes on two cores."""
 
     row_length: int = 256
-    specialist_rows: int = 15
-    tune_rows: int = 6
+    specialist_rows: int = 14
+    tune_rows: int = 4
     heldout_rows: int = 5
     specialist: TrainSettings = field(default_factory=lambda: _rates(("", 2e-4)))
     # the better of 1e-4 and 3e-4, so that the baseline is a strong one
