@@ -23,7 +23,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {}
 OURS = "moe_runtime"
 LAUNCHES = 50  # per graph; what starting one costs the host is divided by them
 GRAPH_S = 2e-3  # of graphs of long calls, which need fewer launches
-ROUNDS = 30 if torch.cuda.is_available() else 12  # all suites together fit into ten minutes of a CPU
+ROUNDS = 30 if torch.cuda.is_available() else 12  # a CPU has ten minutes for all suites together
 STARTED = pytest.StashKey[float]()
 ROUNDS_FOR_PERCENTILES = 100  # fewer samples have no 99th percentile
 
