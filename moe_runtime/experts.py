@@ -1,6 +1,7 @@
 """Experts: the stacked weights of a Mixture of Experts, and the call into the fused expert layer."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,36 +77,22 @@ class Experts(nn.Module):
             residual_TD: added in the last step of the fused layer, which saves one pass over the output.
         """
         plan = make_plan(expert_TK.int(), self.num_experts)
+        operands = (x_TD, self.gate_up_proj, self.down_proj, weight_TK, plan)
+        options: dict[str, Any] = {
+            "activation": self.config.activation,
+            "gate_up_bias": self.gate_up_bias,
+            "down_bias": self.down_bias,
+            "residual_TD": residual_TD,
+        }
         adapted = getattr(self, "expert_lora", None)
         if adapted is not None:
             self.check_takes_lora()
-            return adapted(
-                x_TD,
-                self.gate_up_proj,
-                self.down_proj,
-                weight_TK,
-                plan,
-                activation=self.config.activation,
-                gate_up_bias=self.gate_up_bias,
-                down_bias=self.down_bias,
-                residual_TD=residual_TD,
-            )
+            return adapted(*operands, **options)
         if self.config.experts_backend == "megablocks":
             return self._by_megablocks(x_TD, weight_TK, plan, residual_TD)
         if self.training and self.config.expert_dropout > 0:
             return self._with_dropout(x_TD, weight_TK, plan, residual_TD)
-        return expert_ffn(
-            x_TD,
-            self.gate_up_proj,
-            self.down_proj,
-            weight_TK,
-            plan,
-            activation=self.config.activation,
-            gate_up_bias=self.gate_up_bias,
-            down_bias=self.down_bias,
-            residual_TD=residual_TD,
-            recompute=self.config.recompute_experts,
-        )
+        return expert_ffn(*operands, **options, recompute=self.config.recompute_experts)
 
     def check_takes_lora(self) -> None:
         """A ValueError if the configuration asks for what an `expert_lora` does not compute."""

@@ -42,7 +42,7 @@ def _(grad_out, y, weight, row, token, slot):
     return y.new_empty(y.shape), weight.new_empty(weight.shape)
 
 
-# --- reference: the definition, in the plainest PyTorch; also the CPU path --------------
+# --- reference: the definition, in the plainest PyTorch; the CPU path follows it --------
 
 
 def combine_reference(
