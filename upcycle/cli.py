@@ -59,6 +59,7 @@ def verify_command(
         table.add_row("model", escape(f"{result.path} ({result.method}, {result.target})"))
         table.add_row("base", escape(result.base))
         table.add_row("largest difference of a logit", f"{result.max_abs_diff:.2e}")
+        table.add_row("the same with equal gates", f"{result.max_abs_diff_equal_gates:.2e}")
         table.add_row("the same in float64", f"{result.max_abs_diff_float64:.2e}")
         table.add_row("largest logit of the base", f"{result.max_abs_logit:.2e}")
         table.add_row("float32 rounding of the base", f"{result.rounding:.2e}")

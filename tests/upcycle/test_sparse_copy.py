@@ -143,5 +143,14 @@ def test_a_real_model_keeps_its_logits(target, smollm2, run):
     folder = run(method="copy", base=smollm2, experts=2, target=target)
     result = verify(folder)
     assert result.max_abs_diff < 1e-4
+    assert result.max_abs_diff_equal_gates < 1e-4
     assert result.max_abs_diff_float64 < 1e-4
     assert result.max_abs_logit > 10
+
+
+@pytest.mark.checkpoint
+def test_a_real_model_of_many_experts_keeps_its_logits(smollm2, run):
+    result = verify(run(method="copy", base=smollm2, experts=8, target="mixtral"))
+    assert result.max_abs_diff_equal_gates < 1e-4
+    assert result.max_abs_diff_float64 < 1e-4
+    assert result.passed

@@ -77,6 +77,21 @@ def test_a_changed_weight_fails(dense, run):
     assert not replace(result, max_abs_diff_float64=0.0).passed
 
 
+def test_equal_gates_show_what_rounding_of_gates_hides(dense, run):
+    source = dense("llama")
+    folder = run(method="copy", base=source, experts=8, target="mixtral")
+    result = verify(folder)
+    assert result.passed
+    assert result.max_abs_diff > 0
+    assert result.max_abs_diff_equal_gates < 1e-5
+    assert not replace(result, max_abs_diff_equal_gates=0.1).passed
+
+
+def test_equal_gates_of_another_sum_are_another_function(dense, run):
+    result = verify(run(method="copy", base=dense("llama"), experts=4, router={"gate": "raw"}))
+    assert result.max_abs_diff_equal_gates > 1e-2  # two gates of a quarter each
+
+
 def test_products_are_precise_whatever_the_process_asked_for(dense, run, monkeypatch):
     seen, products = set(), torch.backends.mkldnn.matmul
     load = moe_runtime.hf.loading.load_causal_lm
