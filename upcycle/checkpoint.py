@@ -6,13 +6,14 @@ then the tensors' bytes without gaps. A sharded checkpoint has an index: which f
 
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,9 @@ SINGLE_NAME = "model.safetensors"
 
 # The largest header that other readers accept.
 _MAX_HEADER = 100_000_000
+# Of a shape in a header; beyond it a forged one would keep the multiplication of its sizes busy.
+_MAX_DIMENSIONS = 16
+_MAX_SIZE = 2**63
 
 
 @dataclass(frozen=True)
@@ -38,14 +42,35 @@ class StoredTensor:
     start: int
 
 
+class Reader(Protocol):
+    """Rows of the tensors of one checkpoint; use it in a `with`."""
+
+    checkpoint: "Checkpoint"
+
+    def __enter__(self) -> "Reader": ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def rows(self, name: str, width: int, first: int, count: int) -> NDArray: ...
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with config.json and safetensors files whose headers have been checked."""
+    """A model's configuration and where its tensors lie; headers have been checked, weights not read.
+
+    `folder` holds config.json, tokenizer and `files`. What `tensors` says of a tensor, its type above all, is
+    what `open_rows` gives; only of `reader` None does it lie there as such. `adapter` is what that is put on.
+    """
 
     folder: Path
     config_json: dict[str, Any]
     tensors: dict[str, StoredTensor]
     files: tuple[str, ...]
+    reader: "Callable[[Checkpoint], Reader] | None" = None
+    adapter: "Checkpoint | None" = None
+
+    def open_rows(self) -> Reader:
+        return RowReader(self) if self.reader is None else self.reader(self)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -61,36 +86,73 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not config_path.exists():
         raise UpcycleError(f"{config_path} is missing; a checkpoint folder must hold it")
     config_json = read_json(config_path)
-    if (folder / INDEX_NAME).exists():
-        tensors = _sharded(folder, read_json(folder / INDEX_NAME))
-    elif (folder / SINGLE_NAME).exists():
-        tensors = read_header(folder / SINGLE_NAME)
-    else:
+    tensors = read_tensors(folder, SINGLE_NAME, read_header)
+    if tensors is None:
         raise UpcycleError(
             f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}; save the model as safetensors first"
         )
-    files = tuple(sorted({tensor.file for tensor in tensors.values()}))
-    return Checkpoint(folder, config_json, tensors, files)
+    return Checkpoint(folder, config_json, tensors, files_of(tensors))
+
+
+def files_of(tensors: dict[str, StoredTensor]) -> tuple[str, ...]:
+    return tuple(sorted({tensor.file for tensor in tensors.values()}))
+
+
+def read_tensors(
+    folder: Path, single: str, read: Callable[[Path], dict[str, StoredTensor]]
+) -> dict[str, StoredTensor] | None:
+    """The tensors of a folder's weight files, one or several with an index; None if it has none of the name.
+
+    Args:
+        single: the file's name where there is one; with `.index.json` it is that of the index.
+        read: the tensors of one file.
+    """
+    index_path = folder / f"{single}.index.json"
+    if index_path.exists():
+        return _sharded(index_path, read_json(index_path), read)
+    if (folder / single).exists():
+        return read(_inside(folder, single))
+    return None
+
+
+def _inside(folder: Path, file: str) -> Path:
+    """The file's path, after its links have been followed: they may lead into a hub cache's store only."""
+    path, home = folder / file, folder.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    target = path.resolve()
+    if not any(target.is_relative_to(allowed) for allowed in homes):
+        raise UpcycleError(f"{path} is a link to {target}, outside its folder; put the file itself there")
+    return path
+
+
+def open_regular(path: Path) -> FileIO:
+    """The file, unbuffered; a pipe, which would never end, is refused.
+
+    Raises:
+        UpcycleError: it cannot be opened, or is no ordinary file.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        raise UpcycleError(f"{path} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise UpcycleError(f"{path} cannot be read: it is no ordinary file")
+    return FileIO(file, closefd=True)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file, after checking that its bytes are all there and each belongs to one tensor."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise UpcycleError(f"{path} is truncated or no safetensors file; fetch it again")
+        text = file.read(length)
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER):
-                raise UpcycleError(f"{path} is truncated or no safetensors file; fetch it again")
-            text = file.read(length)
-    except OSError as error:
-        raise UpcycleError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        entries = json.loads(text)
+        entries = parse_json(text)
         entries.pop("__metadata__", None)
-        spans = sorted(
-            (*map(index, entry["data_offsets"]), name, str(entry["dtype"]), tuple(map(index, entry["shape"])))
-            for name, entry in entries.items()
-        )
+        spans = sorted(_span(name, entry) for name, entry in entries.items())
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UpcycleError(f"{path} has a damaged safetensors header; fetch it again") from None
     tensors = {}
@@ -98,7 +160,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     for start, stop, name, dtype, shape in spans:
         # Types that no plan reads (quantised ones) may have any size.
         expected = prod(shape) * STORAGE[dtype].itemsize if dtype in STORAGE else stop - start
-        if start != position or stop - start != expected:
+        if start != position or stop < start or stop - start != expected:
             raise UpcycleError(
                 f"{path}: tensor {name} has a damaged entry in the header; fetch the file again"
             )
@@ -112,39 +174,54 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _sharded(folder: Path, values: dict[str, Any]) -> dict[str, StoredTensor]:
+def _span(name: str, entry: dict[str, Any]) -> tuple[int, int, str, str, tuple[int, ...]]:
+    start, stop = map(index, entry["data_offsets"])
+    shape = tuple(map(index, entry["shape"]))
+    if len(shape) > _MAX_DIMENSIONS or any(not 0 <= size < _MAX_SIZE for size in (start, stop, *shape)):
+        raise ValueError
+    return start, stop, name, str(entry["dtype"]), shape
+
+
+def _sharded(
+    index_path: Path, values: dict[str, Any], read: Callable[[Path], dict[str, StoredTensor]]
+) -> dict[str, StoredTensor]:
+    folder = index_path.parent
     weight_map = values.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UpcycleError(f"{folder / INDEX_NAME} has no 'weight_map'; fetch it again")
+        raise UpcycleError(f"{index_path} has no 'weight_map'; fetch it again")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file or file == ".." or Path(file).name != file:
+        if not _is_file_name(file):
             raise UpcycleError(
-                f"{folder / INDEX_NAME} places tensor {name} in {file!r}, which must be a file of that folder"
+                f"{index_path} places tensor {name} in {file!r}, which must be a file of that folder"
             )
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
-        path = folder / file
+        path = _inside(folder, file)
         if not path.exists():
-            raise UpcycleError(f"{path} is missing, but {INDEX_NAME} lists it; fetch it")
-        for name, tensor in read_header(path).items():
+            raise UpcycleError(f"{path} is missing, but {index_path.name} lists it; fetch it")
+        for name, tensor in read(path).items():
             if weight_map.get(name) != file:
                 raise UpcycleError(
-                    f"{path} holds tensor {name}, which {INDEX_NAME} places in "
+                    f"{path} holds tensor {name}, which {index_path.name} places in "
                     f"{weight_map.get(name, 'no file')}; fetch the index and the shards from one place"
                 )
             tensors[name] = tensor
     for name, file in weight_map.items():
         if name not in tensors:
             raise UpcycleError(
-                f"{folder / file} lacks tensor {name}, which {INDEX_NAME} places there; "
+                f"{folder / file} lacks tensor {name}, which {index_path.name} places there; "
                 "fetch the index and the shards from one place"
             )
     return tensors
 
 
+def _is_file_name(file: object) -> bool:
+    return isinstance(file, str) and "\0" not in file and file not in ("", "..") and Path(file).name == file
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UpcycleError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
@@ -152,8 +229,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def parse_json(text: bytes) -> Any:
+    """JSON in UTF-8, of which programs cannot disagree what it says: no name twice.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the name {twice!r} stands twice in one object")
+    return values
+
+
 class RowReader:
-    """Reads rows of tensors of one checkpoint. Keeps its files open; use it in a `with`."""
+    """Reads rows of tensors that lie in files as they are. Keeps its files open; use it in a `with`."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -172,7 +270,7 @@ class RowReader:
         storage = STORAGE[tensor.dtype]
         path = self.checkpoint.folder / tensor.file
         if tensor.file not in self._files:
-            self._files[tensor.file] = path.open("rb", buffering=0)
+            self._files[tensor.file] = open_regular(path)
         values = np.empty((count, width), storage)
         file = self._files[tensor.file]
         file.seek(tensor.start + first * width * storage.itemsize)

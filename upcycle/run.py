@@ -24,7 +24,7 @@ from rich.progress import (
 )
 
 from upcycle import names
-from upcycle.checkpoint import INDEX_NAME, RowReader, Shard, index_json, make_shards, write_shard
+from upcycle.checkpoint import INDEX_NAME, Reader, Shard, index_json, make_shards, write_shard
 from upcycle.errors import UpcycleError
 from upcycle.plan import UpcyclePlan, make_plan_for
 from upcycle.provenance import hash_file, write_json, write_side_files
@@ -183,7 +183,7 @@ def _as_upcycle_error(error: OSError, output: Path) -> UpcycleError:
 def _write(folder: Path, plan: UpcyclePlan, shards: tuple[Shard, ...]) -> None:
     with ExitStack() as stack:
         progress = stack.enter_context(_progress())
-        readers = [stack.enter_context(RowReader(source)) for source in plan.sources]
+        readers = [stack.enter_context(source.open_rows()) for source in plan.sources]
         for reader in readers:
             _check_tied_head(plan, reader)
         hashes = _hash_sources(plan, progress)
@@ -198,7 +198,7 @@ def _write(folder: Path, plan: UpcyclePlan, shards: tuple[Shard, ...]) -> None:
         write_side_files(folder, plan, hashes)
 
 
-def _check_tied_head(plan: UpcyclePlan, reader: RowReader) -> None:
+def _check_tied_head(plan: UpcyclePlan, reader: Reader) -> None:
     """A stored head wins over `tie_word_embeddings` where the two differ; a tied output would lose it."""
     source = reader.checkpoint
     if not plan.dense.tie_word_embeddings or names.HEAD not in source.tensors:

@@ -7,16 +7,16 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from upcycle.checkpoint import RowReader
+from upcycle.checkpoint import Reader
 from upcycle.dtypes import STORAGE, all_finite, from_float32, to_float32
 from upcycle.errors import UpcycleError
-from upcycle.tasks import Band, Normal, Piece, TensorTask, Zeros
+from upcycle.tasks import Band, Normal, Orthogonal, Piece, TensorTask, Zeros
 
 # Bytes of rows held at once, over all sources, as if all were float32; large enough that calls cost nothing.
 CHUNK_BYTES = 8 * 2**20
 
 
-def chunks(task: TensorTask, readers: Sequence[RowReader]) -> Iterator[NDArray]:
+def chunks(task: TensorTask, readers: Sequence[Reader]) -> Iterator[NDArray]:
     """The tensor from its first element to its last, in its stored type.
 
     Raises:
@@ -27,12 +27,14 @@ def chunks(task: TensorTask, readers: Sequence[RowReader]) -> Iterator[NDArray]:
             yield np.zeros(prod(task.shape), STORAGE[task.dtype])
         case Normal() as normal:
             yield from_float32(_draw(normal, task.shape), task.dtype)
+        case Orthogonal() as orthogonal:
+            yield from_float32(_draw_orthogonal(orthogonal, task.shape), task.dtype)
         case bands:
             for band in bands:
                 yield from _band_chunks(task, band, readers)
 
 
-def are_equal(first: str, second: str, reader: RowReader) -> bool:
+def are_equal(first: str, second: str, reader: Reader) -> bool:
     """True if two matrices of one checkpoint hold the same numbers."""
     one, other = (reader.checkpoint.tensors[name] for name in (first, second))
     if one.shape != other.shape or not {one.dtype, other.dtype} <= STORAGE.keys():
@@ -48,12 +50,24 @@ def are_equal(first: str, second: str, reader: RowReader) -> bool:
 
 
 def _draw(normal: Normal, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    key = int.from_bytes(sha256(f"{normal.seed} {normal.label}".encode()).digest()[:16], "little")
-    generator = np.random.Generator(np.random.Philox(key=key))
+    generator = _generator(normal.seed, normal.label)
     return generator.standard_normal(shape, dtype=np.float32) * np.float32(normal.std)
 
 
-def _band_chunks(task: TensorTask, band: Band, readers: Sequence[RowReader]) -> Iterator[NDArray]:
+def _draw_orthogonal(orthogonal: Orthogonal, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Gram-Schmidt of normal rows, in float64 by a QR decomposition whose signs are made unique."""
+    rows, width = shape
+    drawn = _generator(orthogonal.seed, orthogonal.label).standard_normal((width, rows))
+    q, r = np.linalg.qr(drawn)
+    return (orthogonal.norm * (q * np.sign(np.diagonal(r))).T).astype(np.float32)
+
+
+def _generator(seed: int, label: str) -> np.random.Generator:
+    key = int.from_bytes(sha256(f"{seed} {label}".encode()).digest()[:16], "little")
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def _band_chunks(task: TensorTask, band: Band, readers: Sequence[Reader]) -> Iterator[NDArray]:
     widest = max(band.columns, *(piece.width for piece in band.pieces))
     sources = {source for piece in band.pieces for source in piece.sources}
     step = max(1, CHUNK_BYTES // (4 * widest * len(sources)))
@@ -68,7 +82,7 @@ def _band_chunks(task: TensorTask, band: Band, readers: Sequence[RowReader]) -> 
 def _piece_rows(
     task: TensorTask,
     piece: Piece,
-    readers: Sequence[RowReader],
+    readers: Sequence[Reader],
     first: int,
     count: int,
     read: dict[tuple[int, str, int], NDArray],
@@ -94,7 +108,7 @@ def _piece_rows(
     return cast
 
 
-def _checked_rows(piece: Piece, reader: RowReader, first: int, count: int) -> NDArray:
+def _checked_rows(piece: Piece, reader: Reader, first: int, count: int) -> NDArray:
     rows = reader.rows(piece.tensor, piece.width, first, count)
     tensor = reader.checkpoint.tensors[piece.tensor]
     if not all_finite(rows, tensor.dtype):

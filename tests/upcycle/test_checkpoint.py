@@ -163,7 +163,7 @@ def test_a_file_that_cannot_be_read_is_named(dense_copy):
     path = shards_of(folder)[0]
     path.unlink()
     path.mkdir()
-    with pytest.raises(UpcycleError, match=rf"{path.name} cannot be read: Is a directory"):
+    with pytest.raises(UpcycleError, match=rf"{path.name} cannot be read: it is no ordinary file"):
         open_checkpoint(folder)
 
 
