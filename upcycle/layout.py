@@ -7,7 +7,8 @@ from math import prod
 
 from moe_runtime.config import ModelConfig
 from upcycle import names
-from upcycle.tasks import Assignment, Band, Normal, Piece, TensorTask, Zeros
+from upcycle.recipe import RouterRecipe
+from upcycle.tasks import Assignment, Band, Normal, Orthogonal, Piece, TensorTask, Zeros
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class Layout:
     assignment: Assignment
     target: str
     dtype: str
-    router_std: float
-    seed: int
+    router_recipe: RouterRecipe
+    num_sources: int  # of the plan; a file of router weights is read as one more
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -32,9 +33,14 @@ class Layout:
 
     def router(self, name: str, label: str, rows: int) -> TensorTask:
         """`label` does not depend on the target, so that every target gets the same router."""
-        return TensorTask(
-            name, self.dtype, (rows, self.model.hidden_size), Normal(self.router_std, self.seed, label)
-        )
+        recipe, width = self.router_recipe, self.model.hidden_size
+        shape = (rows, width)
+        if recipe.init == "normal":
+            return TensorTask(name, self.dtype, shape, Normal(recipe.std, recipe.seed, label))
+        if recipe.init == "orthogonal":
+            assert recipe.row_norm is not None
+            return TensorTask(name, self.dtype, shape, Orthogonal(recipe.row_norm, recipe.seed, label))
+        return self.task(name, shape, Band(rows, (Piece(label, (self.num_sources,), width),)))
 
 
 def whole(tensor: str, sources: tuple[int, ...], shape: tuple[int, ...]) -> Band:

@@ -9,10 +9,12 @@ from typing import Any
 from moe_runtime.config import ModelConfig
 from moe_runtime.families import DENSE_FAMILIES, model_config
 from upcycle import bam, branch_train_mix, names, sparse_copy
-from upcycle.checkpoint import Checkpoint, open_checkpoint, read_json
+from upcycle.checkpoint import Checkpoint, read_json
 from upcycle.errors import RecipeError, UpcycleError
 from upcycle.layout import Layout, feed_forward_tasks, unmixed_task
 from upcycle.recipe import Recipe
+from upcycle.sources import open_source
+from upcycle.routers.file import check_routers, router_shapes
 from upcycle.targets import EMPTY_SHARED_WIDTH, target_config_json
 from upcycle.tasks import Assignment, TensorTask
 
@@ -35,6 +37,7 @@ class UpcyclePlan:
     config_json: dict[str, Any]
     dtype: str  # of safetensors headers
     tasks: tuple[TensorTask, ...]
+    routers: Checkpoint | None  # the file of router weights that the recipe names
 
     @property
     def num_bytes(self) -> int:
@@ -53,7 +56,7 @@ def make_plan_for(recipe: Recipe) -> UpcyclePlan:
             format cannot express the output.
     """
     paths = _source_paths(recipe)
-    sources = tuple(open_checkpoint(path) for path in paths)
+    sources = tuple(open_source(path) for path in paths)
     dense_configs = [_dense_config(source) for source in sources]
     base, dense = sources[paths.index(recipe.base)], dense_configs[paths.index(recipe.base)]
     for source, config in zip(sources, dense_configs, strict=True):
@@ -67,9 +70,10 @@ def make_plan_for(recipe: Recipe) -> UpcyclePlan:
     if recipe.target == "qwen2_moe":
         model = replace(model, shared_expert_intermediate_size=EMPTY_SHARED_WIDTH, shared_expert_gate=True)
     assignment = _ASSIGN[recipe.method](recipe)
-    layout = Layout(dense, model, assignment, recipe.target, dtype, recipe.router.std, recipe.router.seed)
+    layout = Layout(dense, model, assignment, recipe.target, dtype, recipe.router, len(sources))
     tasks = tuple(_tasks(layout))
-    return UpcyclePlan(recipe, sources, base, dense, model, assignment, config_json, dtype, tasks)
+    routers = check_routers(recipe.router, model, router_shapes(tasks, len(sources)))
+    return UpcyclePlan(recipe, sources, base, dense, model, assignment, config_json, dtype, tasks, routers)
 
 
 def _source_paths(recipe: Recipe) -> tuple[str, ...]:

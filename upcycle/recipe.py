@@ -16,6 +16,17 @@ Method = Literal["copy", "btx", "bam"]
 TargetName = Literal["moe_runtime", "mixtral", "qwen2_moe", "qwen3_moe"]
 NonExpert = Literal["mean", "base"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+RouterInit = Literal["normal", "orthogonal", "file", "centroid", "ridge"]
+
+# The settings of each router.init; the others must be left out.
+_OF_INIT: dict[str, tuple[str, ...]] = {
+    "normal": ("std", "seed"),
+    "orthogonal": ("row_norm", "seed"),
+    "file": ("path",),
+    "centroid": ("row_norm", "data", "max_tokens"),
+    "ridge": ("row_norm", "data", "max_tokens", "lam"),
+}
+_ROW_NORM = {"orthogonal": 1.0, "centroid": 1.0, "ridge": 10.0}
 
 _SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -28,8 +39,14 @@ class RouterRecipe:
     gate: Gate | None = None  # None: renorm for copy and btx, raw for bam
     scale: float = 1.0
     selection_bias: bool = False
+    init: RouterInit = "normal"
     std: float = 0.02  # of the normal distribution that every router's weights are drawn from
     seed: int = 0
+    row_norm: float | None = None  # length of every row; None: 10 for ridge, 1 for orthogonal and centroid
+    data: tuple[str, ...] = ()  # one text file per expert
+    max_tokens: int = 8192  # of each file
+    lam: float = 0.01  # of ridge, times the mean square of a router input
+    path: str = ""  # of a file with the weights
     aux_loss_coef: float = 0.01
     z_loss_coef: float | None = None  # None: 0 for copy and btx, 0.001 for bam
 
@@ -51,6 +68,39 @@ class RouterRecipe:
         for name in ("scale", "std"):
             if getattr(self, name) <= 0:
                 raise RecipeError(f"router.{name} must be above 0, got {getattr(self, name)}")
+        self._check_init()
+
+    def _check_init(self) -> None:
+        _check_choice("router.init", self.init, get_args(RouterInit))
+        used = _OF_INIT[self.init]
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in sorted({name for names in _OF_INIT.values() for name in names}):
+            if name not in used and getattr(self, name) != defaults[name]:
+                belongs = [init for init, names in _OF_INIT.items() if name in names]
+                raise RecipeError(
+                    f"router.{name} belongs to router.init {' or '.join(map(repr, belongs))}, "
+                    f"got it with {self.init!r}"
+                )
+        if "row_norm" in used:
+            row_norm = _ROW_NORM[self.init] if self.row_norm is None else self.row_norm
+            object.__setattr__(self, "row_norm", row_norm)
+            _check_above_zero("router.row_norm", row_norm)
+        if "data" in used:
+            object.__setattr__(self, "data", _data_in_order(self.data))
+            _check_above_zero("router.lam", self.lam)
+            _check_type("router.max_tokens", self.max_tokens, int)
+            if self.max_tokens < 1:
+                raise RecipeError(f"router.max_tokens must be at least 1, got {self.max_tokens}")
+        _check_type("router.path", self.path, str)
+        if self.init == "file" and not self.path:
+            raise RecipeError("router.path must name the file of router weights that init 'file' reads")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What has an effect, as plain values."""
+        values = asdict(self)
+        for name in {name for names in _OF_INIT.values() for name in names} - {*_OF_INIT[self.init]}:
+            del values[name]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +226,11 @@ class Recipe:
                 f"router.gate 'straight_through' needs experts_per_token 1, got {self.experts_per_token}; "
                 "use 'renorm'"
             )
+        if self.router.data and len(self.router.data) != self.experts:
+            raise RecipeError(
+                f"router.data must name one text file for each of the {self.experts} experts, "
+                f"got {len(self.router.data)}"
+            )
         top_k = self.attention.top_k if self.attention else None
         if top_k is not None and not 1 <= top_k <= self.experts:
             raise RecipeError(
@@ -185,6 +240,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML and JSON; `recipe_from_dict` reads them back."""
         values = asdict(self)
+        values["router"] = self.router.to_dict()
         if self.method == "copy":
             del values["sources"], values["attention"]
         elif self.method == "btx":
@@ -275,6 +331,28 @@ def _check_type(name: str, value: object, kind: type | tuple[type, ...]) -> None
     if not isinstance(value, kind) or (isinstance(value, bool) and not wanted_bool):
         expected = words.get(kind, "a number") if isinstance(kind, type) else "a number"
         raise RecipeError(f"{name} must be {expected}, got {value!r}")
+
+
+def _check_above_zero(name: str, value: object) -> None:
+    _check_type(name, value, (int, float))
+    assert isinstance(value, int | float)
+    if not (math.isfinite(value) and value > 0):
+        raise RecipeError(f"{name} must be finite and above 0, got {value}")
+
+
+def _data_in_order(data: object) -> tuple[str, ...]:
+    """The text files of experts 0, 1, 2 …, from a list or from lines 'expert: file'."""
+    if isinstance(data, Mapping):
+        if sorted(data, key=str) != sorted(range(len(data)), key=str):
+            raise RecipeError(f"router.data must name experts 0 to {len(data) - 1}, got {[*data]}")
+        data = tuple(data[expert] for expert in range(len(data)))
+    _check_type("router.data", data, tuple)
+    assert isinstance(data, tuple)
+    if not data:
+        raise RecipeError("router.data must name one text file for each expert, got none")
+    for path in data:
+        _check_type("router.data", path, str)
+    return data
 
 
 def _check_layers(layers: object) -> None:
