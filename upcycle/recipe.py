@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,8 +11,18 @@ import yaml
 
 from moe_runtime.config import BlockKind, Gate, KeyValue, Score
 from upcycle.errors import RecipeError
+from upcycle.method_sections import (
+    SECTIONS,
+    DropRecipe,
+    GranularRecipe,
+    LayersRecipe,
+    NoiseRecipe,
+    ReplicateRecipe,
+    SharedExpertRecipe,
+)
+from upcycle.recipe_checks import check_choice, check_type
 
-Method = Literal["copy", "btx", "bam"]
+Method = Literal["copy", "btx", "bam", "noise", "drop", "granular", "shared_expert", "replicate"]
 TargetName = Literal["moe_runtime", "mixtral", "qwen2_moe", "qwen3_moe"]
 NonExpert = Literal["mean", "base"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -27,6 +37,9 @@ _OF_INIT: dict[str, tuple[str, ...]] = {
     "ridge": ("row_norm", "data", "max_tokens", "lam"),
 }
 _ROW_NORM = {"orthogonal": 1.0, "centroid": 1.0, "ridge": 10.0}
+
+# Every expert comes from the feed-forward of one dense model; of replicate, from those of one mixture.
+FROM_BASE = ("copy", "noise", "drop", "granular", "shared_expert", "replicate")
 
 _SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -51,15 +64,15 @@ class RouterRecipe:
     z_loss_coef: float | None = None  # None: 0 for copy and btx, 0.001 for bam
 
     def __post_init__(self) -> None:
-        _check_choice("router.score", self.score, get_args(Score))
+        check_choice("router.score", self.score, get_args(Score))
         if self.gate is not None:
-            _check_choice("router.gate", self.gate, get_args(Gate))
-        _check_type("router.selection_bias", self.selection_bias, bool)
-        _check_type("router.seed", self.seed, int)
+            check_choice("router.gate", self.gate, get_args(Gate))
+        check_type("router.selection_bias", self.selection_bias, bool)
+        check_type("router.seed", self.seed, int)
         for name in ("scale", "std", "aux_loss_coef", "z_loss_coef"):
             value = getattr(self, name)
             if value is not None:
-                _check_type(f"router.{name}", value, (int, float))
+                check_type(f"router.{name}", value, (int, float))
                 if not math.isfinite(value):
                     raise RecipeError(f"router.{name} must be finite, got {value}")
                 if value < 0 and name.endswith("_coef"):
@@ -71,7 +84,7 @@ class RouterRecipe:
         self._check_init()
 
     def _check_init(self) -> None:
-        _check_choice("router.init", self.init, get_args(RouterInit))
+        check_choice("router.init", self.init, get_args(RouterInit))
         used = _OF_INIT[self.init]
         defaults = {f.name: f.default for f in fields(self)}
         for name in sorted({name for names in _OF_INIT.values() for name in names}):
@@ -88,10 +101,10 @@ class RouterRecipe:
         if "data" in used:
             object.__setattr__(self, "data", _data_in_order(self.data))
             _check_above_zero("router.lam", self.lam)
-            _check_type("router.max_tokens", self.max_tokens, int)
+            check_type("router.max_tokens", self.max_tokens, int)
             if self.max_tokens < 1:
                 raise RecipeError(f"router.max_tokens must be at least 1, got {self.max_tokens}")
-        _check_type("router.path", self.path, str)
+        check_type("router.path", self.path, str)
         if self.init == "file" and not self.path:
             raise RecipeError("router.path must name the file of router weights that init 'file' reads")
 
@@ -112,19 +125,20 @@ class AttentionRecipe:
     renormalise_top_k: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("attention.kv", self.kv, get_args(KeyValue))
+        check_choice("attention.kv", self.kv, get_args(KeyValue))
         if self.top_k is not None:
-            _check_type("attention.top_k", self.top_k, int)
-        _check_type("attention.renormalise_top_k", self.renormalise_top_k, bool)
+            check_type("attention.top_k", self.top_k, int)
+        check_type("attention.renormalise_top_k", self.renormalise_top_k, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One upcycling run.
 
-    `copy` reads `base` alone. `btx` and `bam` read `sources`, one expert from each; `base`, the first source
-    unless named, then gives tokenizer and configuration, and with `non_expert: base` also every tensor that
-    is no expert. Values left out are filled with the method's own: a built recipe says all that will happen.
+    `btx` and `bam` read `sources`, one expert from each; `base`, the first source unless named, then gives
+    tokenizer and configuration, and with `non_expert: base` also every tensor that is no expert. The other
+    methods read `base` alone, a dense model, or for `replicate` a mixture, whose routing is kept. Values left
+    out are filled with the method's own: a built recipe says all that will happen.
     """
 
     method: Method
@@ -132,52 +146,78 @@ class Recipe:
     base: str = ""
     sources: tuple[str, ...] = ()
     target: TargetName = "moe_runtime"
-    experts: int | None = None  # None: one per source
-    experts_per_token: int | None = None  # None: 2 for copy and btx, 1 for bam
+    experts: int | None = None  # None: one per source; replicate: as many as its counts make
+    experts_per_token: int | None = None  # None: 1 for bam, the shards for granular, else 2; replicate: kept
     router: RouterRecipe = field(default_factory=RouterRecipe)
     attention: AttentionRecipe | None = None  # bam only
+    drop: DropRecipe | None = None  # drop, and if given granular
+    noise: NoiseRecipe | None = None
+    granular: GranularRecipe | None = None
+    shared_expert: SharedExpertRecipe | None = None
+    replicate: ReplicateRecipe | None = None
     block: BlockKind | None = None  # None: as in the sources
-    layers: Literal["all", "every_other"] | tuple[int, ...] = "all"  # every_other: the second, the fourth …
+    # every_other: the second, the fourth …
+    layers: Literal["all", "every_other"] | tuple[int, ...] | LayersRecipe = "all"
     non_expert: NonExpert = "mean"
     dtype: Dtype | None = None  # None: as in the base
     max_shard_size: str = "5GB"
 
     def __post_init__(self) -> None:
         self._check_values()
+        self._check_sections()
         self._check_sources()
         self._fill_in()
-        self._check_routing()
+        if self.method == "replicate":
+            self._check_replicate()
+        else:
+            self._check_routing()
 
     def _check_values(self) -> None:
-        _check_choice("method", self.method, get_args(Method))
-        _check_choice("target", self.target, get_args(TargetName))
-        _check_choice("non_expert", self.non_expert, get_args(NonExpert))
+        check_choice("method", self.method, get_args(Method))
+        check_choice("target", self.target, get_args(TargetName))
+        check_choice("non_expert", self.non_expert, get_args(NonExpert))
         if self.block is not None:
-            _check_choice("block", self.block, get_args(BlockKind))
+            check_choice("block", self.block, get_args(BlockKind))
         if self.dtype is not None:
-            _check_choice("dtype", self.dtype, get_args(Dtype))
+            check_choice("dtype", self.dtype, get_args(Dtype))
         for name in ("output", "base", "max_shard_size"):
-            _check_type(name, getattr(self, name), str)
+            check_type(name, getattr(self, name), str)
         if not self.output:
             raise RecipeError("output must name the folder to write, got an empty text")
         for name in ("experts", "experts_per_token"):
             value = getattr(self, name)
             if value is not None:
-                _check_type(name, value, int)
+                check_type(name, value, int)
                 if value < 1:
                     raise RecipeError(f"{name} must be at least 1, got {value}")
         _check_layers(self.layers)
         parse_size(self.max_shard_size)
 
+    def _check_sections(self) -> None:
+        for name, kind in SECTIONS.items():
+            section = getattr(self, name)
+            methods = [name, "granular"] if name == "drop" else [name]
+            if section is not None and self.method not in methods:
+                raise RecipeError(
+                    f"{name} belongs to method {' or '.join(map(repr, methods))}, "
+                    f"got it with method {self.method!r}"
+                )
+            if section is None and self.method == name:
+                needed = [f.name for f in fields(kind) if f.default is MISSING]
+                if needed:
+                    raise RecipeError(f"method {name!r} needs a section {name!r} with {needed[0]!r}")
+                object.__setattr__(self, name, kind())
+
     def _check_sources(self) -> None:
-        _check_type("sources", self.sources, tuple)
+        check_type("sources", self.sources, tuple)
         for source in self.sources:
-            _check_type("sources", source, str)
-        if self.method == "copy":
+            check_type("sources", source, str)
+        if self.method in FROM_BASE:
+            kind = "mixture" if self.method == "replicate" else "dense model"
             if self.sources or not self.base:
-                raise RecipeError("method 'copy' has one dense model under 'base' and no 'sources'")
-            if self.experts is None:
-                raise RecipeError("method 'copy' needs 'experts', the number of copies of each feed-forward")
+                raise RecipeError(f"method {self.method!r} has one {kind} under 'base' and no 'sources'")
+            if self.experts is None and self.method != "replicate":
+                raise RecipeError(f"method {self.method!r} needs 'experts', the number of them in each layer")
         else:
             if len(self.sources) < 2:
                 raise RecipeError(
@@ -195,11 +235,16 @@ class Recipe:
             raise RecipeError(f"attention belongs to method 'bam', got it with method {self.method!r}")
 
     def _fill_in(self) -> None:
+        if self.replicate is not None:
+            on = self.replicate.noise_on or ("selection_bias" if self.target == "moe_runtime" else "weights")
+            object.__setattr__(self, "replicate", replace(self.replicate, noise_on=on))
+            return
         bam = self.method == "bam"
+        experts_per_token = self.granular.shards if self.granular else 1 if bam else 2
         filled: dict[str, Any] = {
             "base": self.base or self.sources[0],
             "experts": self.experts or len(self.sources),
-            "experts_per_token": self.experts_per_token or (1 if bam else 2),
+            "experts_per_token": self.experts_per_token or experts_per_token,
             "router": _replace_none(
                 self.router, gate="raw" if bam else "renorm", z_loss_coef=0.001 if bam else 0.0
             ),
@@ -207,6 +252,14 @@ class Recipe:
         }
         for name, value in filled.items():
             object.__setattr__(self, name, value)
+
+    def _check_replicate(self) -> None:
+        kept = {"experts": None, "router": RouterRecipe(), "layers": "all", "block": None}
+        for name, default in kept.items():
+            if getattr(self, name) != default:
+                raise RecipeError(
+                    f"{name} must be left out with method 'replicate', which keeps the mixture's own"
+                )
 
     def _check_routing(self) -> None:
         assert self.experts is not None
@@ -216,6 +269,13 @@ class Recipe:
                 f"experts_per_token must be at most the number of experts ({self.experts}), "
                 f"got {self.experts_per_token}"
             )
+        shards = self.granular.shards if self.granular else 1
+        for name in ("experts", "experts_per_token"):
+            if getattr(self, name) % shards:
+                raise RecipeError(
+                    f"{name} must be a multiple of granular.shards ({shards}), so that a token gets every "
+                    f"shard of a copy, got {getattr(self, name)}"
+                )
         if self.router.gate == "renorm" and self.experts_per_token == 1:
             raise RecipeError(
                 "router.gate 'renorm' with experts_per_token 1 makes every gate 1 and no router learns; "
@@ -241,10 +301,11 @@ class Recipe:
         """Plain values for YAML and JSON; `recipe_from_dict` reads them back."""
         values = asdict(self)
         values["router"] = self.router.to_dict()
-        if self.method == "copy":
-            del values["sources"], values["attention"]
-        elif self.method == "btx":
-            del values["attention"]
+        unused = ["sources"] if self.method in FROM_BASE else []
+        unused += [name for name in ("attention", *SECTIONS) if values[name] is None]
+        unused += ["router", "experts"] if self.method == "replicate" else []
+        for name in unused:
+            del values[name]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
@@ -304,7 +365,9 @@ def _build(kind: type, values: Mapping[str, Any], section: str) -> Any:
             raise RecipeError(f"key {name!r} is missing{under}")
     built = {}
     for name, value in values.items():
-        section_kind = {"router": RouterRecipe, "attention": AttentionRecipe}.get(name)
+        section_kind = {"router": RouterRecipe, "attention": AttentionRecipe, **SECTIONS}.get(name)
+        if name == "layers" and isinstance(value, Mapping):
+            section_kind = LayersRecipe
         if section_kind is not None:
             if value is None:  # a section whose lines are all commented out
                 continue
@@ -320,21 +383,8 @@ def _replace_none(router: RouterRecipe, **defaults: Any) -> RouterRecipe:
     return RouterRecipe(**{**values, **{n: v for n, v in defaults.items() if values[n] is None}})
 
 
-def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        raise RecipeError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def _check_type(name: str, value: object, kind: type | tuple[type, ...]) -> None:
-    words = {str: "a text", int: "a whole number", bool: "true or false", tuple: "a list"}
-    wanted_bool = kind is bool
-    if not isinstance(value, kind) or (isinstance(value, bool) and not wanted_bool):
-        expected = words.get(kind, "a number") if isinstance(kind, type) else "a number"
-        raise RecipeError(f"{name} must be {expected}, got {value!r}")
-
-
 def _check_above_zero(name: str, value: object) -> None:
-    _check_type(name, value, (int, float))
+    check_type(name, value, (int, float))
     assert isinstance(value, int | float)
     if not (math.isfinite(value) and value > 0):
         raise RecipeError(f"{name} must be finite and above 0, got {value}")
@@ -346,20 +396,23 @@ def _data_in_order(data: object) -> tuple[str, ...]:
         if sorted(data, key=str) != sorted(range(len(data)), key=str):
             raise RecipeError(f"router.data must name experts 0 to {len(data) - 1}, got {[*data]}")
         data = tuple(data[expert] for expert in range(len(data)))
-    _check_type("router.data", data, tuple)
+    check_type("router.data", data, tuple)
     assert isinstance(data, tuple)
     if not data:
         raise RecipeError("router.data must name one text file for each expert, got none")
     for path in data:
-        _check_type("router.data", path, str)
+        check_type("router.data", path, str)
     return data
 
 
 def _check_layers(layers: object) -> None:
-    if layers in ("all", "every_other"):
+    if layers in ("all", "every_other") or isinstance(layers, LayersRecipe):
         return
     are_numbers = isinstance(layers, tuple) and all(
         isinstance(n, int) and not isinstance(n, bool) for n in layers
     )
     if not are_numbers or not layers:
-        raise RecipeError(f"layers must be 'all', 'every_other' or a list of layer numbers, got {layers!r}")
+        raise RecipeError(
+            "layers must be 'all', 'every_other' or a list of layer numbers, or have first_dense or "
+            f"moe_every below it, got {layers!r}"
+        )
