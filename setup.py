@@ -21,6 +21,7 @@ setup(
         "moe_runtime.demo",
         "moe_runtime.profile",
         "upcycle",
+        "upcycle.sources",
         "upcycle.routers",
     ],
     package_dir={"moe_runtime_kernels": "kernels/moe_runtime_kernels"},

@@ -12,6 +12,7 @@ from upcycle.checkpoint import open_checkpoint, read_json
 from upcycle.errors import UpcycleError
 from upcycle.plan import TORCH_DTYPE
 from upcycle.provenance import RECORD_NAME, hash_file
+from upcycle.sources import open_source, plain_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,7 +95,7 @@ def verify(path: str | Path) -> Verification:
         method, base_path, hashes = record["method"], source["path"], source["files"]
     except (KeyError, IndexError, TypeError, AttributeError):
         raise UpcycleError(f"{folder / RECORD_NAME} is damaged; run the recipe again") from None
-    base = open_checkpoint(base_path)
+    base = open_source(base_path)
     for name, expected in hashes.items():
         file = base.folder / name
         if not file.is_file() or hash_file(file) != expected:
@@ -103,7 +104,8 @@ def verify(path: str | Path) -> Verification:
         tensor.dtype for name, tensor in output.tensors.items() if name.endswith("embed_tokens.weight")
     )
     tokens = _tokens(model)
-    expected, _, expected_exact = _logits(base.folder, tokens, dtype)
+    with plain_folder(base) as dense_folder:
+        expected, _, expected_exact = _logits(dense_folder, tokens, dtype)
     logits, logits_equal_gates, logits_exact = _logits(folder, tokens, "F32")
     return Verification(
         path=str(folder),

@@ -1,0 +1,53 @@
+"""What a model can be made from: folders of safetensors or PyTorch files, GGUF files, adapters on a base."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from upcycle.checkpoint import Checkpoint, files_of, open_checkpoint, read_json, read_tensors
+from upcycle.errors import UpcycleError
+from upcycle.sources.adapter import ADAPTER_CONFIG, open_adapter, read_adapter_config
+from upcycle.sources.plain import plain_folder
+from upcycle.sources.pytorch import SINGLE_BIN, read_pickled
+
+__all__ = ["AdapterSource", "open_source", "plain_folder"]
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter and the model it is put on, where the adapter's own folder does not say which."""
+
+    base: str
+    adapter: str
+
+
+def open_source(spec: str | Path | AdapterSource) -> Checkpoint:
+    """Read the configuration and all headers of a source; weights are not read.
+
+    Args:
+        spec: a folder with config.json and weights as safetensors or, where there are none, PyTorch files; or
+            a folder of a LoRA adapter whose adapter_config.json names a base that is a folder here.
+
+    Raises:
+        UpcycleError: a file is missing or damaged, or holds what is not opened.
+    """
+    if isinstance(spec, AdapterSource):
+        return open_adapter(open_source(spec.base), Path(spec.adapter).expanduser())
+    folder = Path(spec).expanduser()
+    if (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
+        return open_adapter(open_source(_declared_base(folder)), folder)
+    if (folder / "config.json").exists() and not any(folder.glob("model.safetensors*")):
+        tensors = read_tensors(folder, SINGLE_BIN, read_pickled)
+        if tensors is not None:
+            return Checkpoint(folder, read_json(folder / "config.json"), tensors, files_of(tensors))
+    return open_checkpoint(folder)
+
+
+def _declared_base(folder: Path) -> Path:
+    declared = read_adapter_config(folder).get("base_model_name_or_path")
+    base = Path(str(declared)).expanduser()
+    if not declared or not base.is_dir():
+        raise UpcycleError(
+            f"{folder}: the adapter's base {declared!r} is no folder here; "
+            f"write the source as {{base: FOLDER, adapter: {folder}}}"
+        )
+    return base
