@@ -13,7 +13,7 @@ from upcycle.checkpoint import Checkpoint, read_json
 from upcycle.errors import RecipeError, UpcycleError
 from upcycle.layout import Layout, feed_forward_tasks, unmixed_task
 from upcycle.recipe import Recipe
-from upcycle.sources import open_source
+from upcycle.sources import AdapterSource, open_source
 from upcycle.routers.file import check_routers, router_shapes
 from upcycle.targets import EMPTY_SHARED_WIDTH, target_config_json
 from upcycle.tasks import Assignment, TensorTask
@@ -76,7 +76,7 @@ def make_plan_for(recipe: Recipe) -> UpcyclePlan:
     return UpcyclePlan(recipe, sources, base, dense, model, assignment, config_json, dtype, tasks, routers)
 
 
-def _source_paths(recipe: Recipe) -> tuple[str, ...]:
+def _source_paths(recipe: Recipe) -> tuple[str | AdapterSource, ...]:
     """The experts' sources in order, then a base that is no expert."""
     return recipe.sources if recipe.base in recipe.sources else (*recipe.sources, recipe.base)
 

@@ -21,6 +21,7 @@ from upcycle.method_sections import (
     SharedExpertRecipe,
 )
 from upcycle.recipe_checks import check_choice, check_type
+from upcycle.sources import AdapterSource
 
 Method = Literal["copy", "btx", "bam", "noise", "drop", "granular", "shared_expert", "replicate"]
 TargetName = Literal["moe_runtime", "mixtral", "qwen2_moe", "qwen3_moe"]
@@ -143,8 +144,8 @@ class Recipe:
 
     method: Method
     output: str
-    base: str = ""
-    sources: tuple[str, ...] = ()
+    base: str | AdapterSource = ""
+    sources: tuple[str | AdapterSource, ...] = ()
     target: TargetName = "moe_runtime"
     experts: int | None = None  # None: one per source; replicate: as many as its counts make
     experts_per_token: int | None = None  # None: 1 for bam, the shards for granular, else 2; replicate: kept
@@ -180,8 +181,9 @@ class Recipe:
             check_choice("block", self.block, get_args(BlockKind))
         if self.dtype is not None:
             check_choice("dtype", self.dtype, get_args(Dtype))
-        for name in ("output", "base", "max_shard_size"):
+        for name in ("output", "max_shard_size"):
             check_type(name, getattr(self, name), str)
+        _check_source("base", self.base)
         if not self.output:
             raise RecipeError("output must name the folder to write, got an empty text")
         for name in ("experts", "experts_per_token"):
@@ -211,7 +213,7 @@ class Recipe:
     def _check_sources(self) -> None:
         check_type("sources", self.sources, tuple)
         for source in self.sources:
-            check_type("sources", source, str)
+            _check_source("sources", source)
         if self.method in FROM_BASE:
             kind = "mixture" if self.method == "replicate" else "dense model"
             if self.sources or not self.base:
@@ -374,8 +376,27 @@ def _build(kind: type, values: Mapping[str, Any], section: str) -> Any:
             if not isinstance(value, Mapping):
                 raise RecipeError(f"{name} must be a section of 'key: value' lines, got {value!r}")
             value = _build(section_kind, value, name)
-        built[name] = tuple(value) if isinstance(value, list) else value
+        built[name] = _source(value, name) if name in ("base", "sources") else _frozen(value)
     return kind(**built)
+
+
+def _frozen(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _source(value: object, name: str) -> object:
+    """A source or several; a section of 'base' and 'adapter' is an adapter on a base."""
+    if isinstance(value, list):
+        return tuple(_source(v, name) for v in value)
+    return _build(AdapterSource, value, name) if isinstance(value, Mapping) else value
+
+
+def _check_source(name: str, source: object) -> None:
+    if isinstance(source, AdapterSource):
+        check_type(f"base of an adapter under {name!r}", source.base, str)
+        check_type(f"adapter under {name!r}", source.adapter, str)
+    else:
+        check_type(name, source, str)
 
 
 def _replace_none(router: RouterRecipe, **defaults: Any) -> RouterRecipe:

@@ -1,23 +1,14 @@
 """What a model can be made from: folders of safetensors or PyTorch files, GGUF files, adapters on a base."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from upcycle.checkpoint import Checkpoint, files_of, open_checkpoint, read_json, read_tensors
 from upcycle.errors import UpcycleError
-from upcycle.sources.adapter import ADAPTER_CONFIG, open_adapter, read_adapter_config
+from upcycle.sources.adapter import ADAPTER_CONFIG, AdapterSource, open_adapter, read_adapter_config
 from upcycle.sources.plain import plain_folder
 from upcycle.sources.pytorch import SINGLE_BIN, read_pickled
 
 __all__ = ["AdapterSource", "open_source", "plain_folder"]
-
-
-@dataclass(frozen=True)
-class AdapterSource:
-    """An adapter and the model it is put on, where the adapter's own folder does not say which."""
-
-    base: str
-    adapter: str
 
 
 def open_source(spec: str | Path | AdapterSource) -> Checkpoint:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,17 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("use_bdlora", "arrow_config", "kasa_config"), (None, False)),
 }
 _MERGE = "merge it into its base and use the merged model"
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter and the model it is put on, where the adapter's own folder does not say which."""
+
+    base: str
+    adapter: str
+
+    def __str__(self) -> str:
+        return f"{self.adapter} on {self.base}"
 
 
 def open_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
