@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from moe_runtime.config import AttentionConfig
 from moe_runtime.linear import Linear
-from moe_runtime.norms import make_norm
+from moe_runtime.norms import JointRMSNorm, make_norm
 from moe_runtime.packing import check_packed, flash_attention, flash_takes, same_document
 from moe_runtime.routers import INITIAL_STD, SoftRouter, TopKSoftRouter
 
@@ -58,11 +58,18 @@ class MixtureOfAttention(nn.Module):
             self.q_proj = Linear(D, heads * P, bias=config.bias)
         self.k_proj = Linear(D, kv_heads * P, bias=config.bias)
         self.v_proj = Linear(D, kv_heads * P, bias=config.bias)
-        self.q_norm = self.k_norm = None
-        if config.qk_norm is not None:
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        if config.qk_norm == "joint_rms_norm":
+            group = config.num_heads // S
+            self.q_norm = JointRMSNorm(heads, P, slots=S, group=group, eps=config.norm_eps)
+            self.k_norm = JointRMSNorm(kv_heads, P, slots=1, group=config.num_kv_heads, eps=config.norm_eps)
+        elif config.qk_norm is not None:
             self.q_norm = make_norm(config.qk_norm, heads, P, eps=config.norm_eps)
             self.k_norm = make_norm(config.qk_norm, kv_heads, P, eps=config.norm_eps)
-        self.attend = CausalAttention(config.sliding_window) if attend is None else attend
+        if attend is None:
+            attend = CausalAttention(config.sliding_window, scale=config.scale, logit_cap=config.logit_cap)
+        self.attend = attend
         self.router: SoftRouter | TopKSoftRouter | None = None
         self.o_proj: Linear | MixtureProjection | RoutedMixtureProjection
         if A == 1:
@@ -317,15 +324,24 @@ def _places(expert_TK: Tensor, Q: int) -> Tensor:
 
 
 class CausalAttention(nn.Module):
-    """softmax(q kᵀ / sqrt(P)) v over the current and earlier positions, at most `sliding_window` of them.
+    """softmax(q kᵀ · scale) v over the current and earlier positions, at most `sliding_window` of them.
 
-    With `cu_seqlens` and `max_seqlen` the row is a packed batch, whose documents attend to themselves only;
-    see `moe_runtime.packing`.
+    `scale` is 1 / sqrt(P) unless given; with `logit_cap` a score s becomes cap · tanh(s / cap). With
+    `cu_seqlens` and `max_seqlen` the row is a packed batch, whose documents attend to themselves only; see
+    `moe_runtime.packing`.
     """
 
-    def __init__(self, sliding_window: int | None = None) -> None:
+    def __init__(
+        self,
+        sliding_window: int | None = None,
+        *,
+        scale: float | None = None,
+        logit_cap: float | None = None,
+    ) -> None:
         super().__init__()
         self.sliding_window = sliding_window
+        self.scale = scale
+        self.logit_cap = logit_cap
 
     def forward(
         self,
@@ -337,11 +353,26 @@ class CausalAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         check_packed(query, cu_seqlens, max_seqlen)
         if cu_seqlens is not None and max_seqlen is not None and flash_takes(query):
-            return flash_attention(query, key, value, cu_seqlens, max_seqlen, self.sliding_window), None
+            window, scale, cap = self.sliding_window, self.scale, self.logit_cap
+            return flash_attention(query, key, value, cu_seqlens, max_seqlen, window, scale, cap), None
         mask_LL = self._mask(query, cu_seqlens)
+        if self.logit_cap is not None:
+            L = query.shape[2]
+            if mask_LL is None:
+                mask_LL = torch.ones(L, L, device=query.device, dtype=torch.bool).tril_()
+            bias_LL = torch.zeros(L, L, device=query.device, dtype=query.dtype)
+            bias_LL.masked_fill_(~mask_LL, -torch.inf)
+            scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+            return capped_attention(query, key, value, bias_LL, scale, self.logit_cap)[0], None
         grouped = query.shape[1] != key.shape[1]
         out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask_LL, is_causal=mask_LL is None, enable_gqa=grouped
+            query,
+            key,
+            value,
+            attn_mask=mask_LL,
+            is_causal=mask_LL is None,
+            scale=self.scale,
+            enable_gqa=grouped,
         )
         return out.transpose(1, 2), None
 
@@ -357,6 +388,29 @@ class CausalAttention(nn.Module):
             mask_LL = same_document(cu_seqlens, L)
         mask_LL.tril_()
         return mask_LL if window >= L else mask_LL.triu_(1 - window)
+
+
+def capped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    logit_cap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention in plain matrix products: query [B, heads, L, P] -> [B, L, heads, P] and the weights.
+
+    `bias` is added to the scores after the cap, -inf where a position is not seen.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scale
+    if logit_cap is not None:
+        scores = (scores / logit_cap).tanh() * logit_cap
+    if bias is not None:
+        scores = scores + bias
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
 
 
 def rotary_tables(position_BL: Tensor, rotated_width: int, theta: float = 10000.0) -> Rotary:

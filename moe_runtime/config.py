@@ -6,6 +6,7 @@ derives the nested configs that layers are built from. `moe_runtime.hf.configura
 `PreTrainedConfig`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -16,9 +17,10 @@ Gate = Literal["raw", "renorm", "straight_through"]
 GroupScore = Literal["top2_sum", "max"]
 BalanceOver = Literal["batch", "sequence"]
 KeyValue = Literal["expert", "shared"]
-Norm = Literal["rms_norm", "layer_norm"]
-QKNorm = Norm | None
+Norm = Literal["rms_norm", "layer_norm", "offset_rms_norm"]
+QKNorm = Literal["rms_norm", "layer_norm", "offset_rms_norm", "joint_rms_norm"]
 BlockKind = Literal["sequential", "parallel"]
+NormPlacement = Literal["before", "after", "both"]
 NumNorms = Literal[1, 2]
 LayerType = Literal["full_attention", "sliding_attention"]
 ExpertsBackend = Literal["moe_runtime", "megablocks"]
@@ -35,6 +37,13 @@ def _check_positive(config: object, *names: str) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _check_above_zero(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0.0 < value < math.inf:
+            raise ValueError(f"{name} must be a number above 0, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,16 +163,19 @@ class AttentionConfig:
     renormalise_top_k: bool = False
     bias: bool = False  # of the query, key and value projections
     output_bias: bool = False
-    qk_norm: QKNorm = None
+    qk_norm: QKNorm | None = None
     norm_eps: float = 1e-6
     rope_interleaved: bool = False  # Cohere, GPT-J: rotate (0, 1), (2, 3) … instead of the two halves
     sliding_window: int | None = None
+    scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
+    logit_cap: float | None = None  # scores become cap · tanh(score / cap) (Gemma 2)
 
     def __post_init__(self) -> None:
         _check_positive(self, "hidden_size", "num_heads", "num_kv_heads", "head_dim", "num_experts")
         _check_choice("kv", self.kv, KeyValue)
+        _check_above_zero(self, "scale", "logit_cap")
         if self.qk_norm is not None:
-            _check_choice("qk_norm", self.qk_norm, Norm)
+            _check_choice("qk_norm", self.qk_norm, QKNorm)
         if self.sliding_window is not None:
             _check_positive(self, "sliding_window")
         if self.num_heads % self.num_kv_heads:
@@ -174,6 +186,10 @@ class AttentionConfig:
             raise ValueError(
                 f"top_k must be between 1 and num_experts ({self.num_experts}), got {self.top_k}"
             )
+
+    @property
+    def score_scale(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale
 
     @property
     def total_heads(self) -> int:
@@ -197,7 +213,9 @@ class AttentionConfig:
 class BlockConfig:
     """One transformer layer.
 
-    `parallel`: y = x + attention(n1(x)) + feed_forward(n2(x)), n2 = n1 when num_norms is 1.
+    `parallel`: y = x + attention(n1(x)) + feed_forward(n2(x)), n2 = n1 when num_norms is 1. `norm_placement`:
+    norms `before` the attention and the feed-forward, `after` them on what they add (OLMo 2), or `both`
+    (Gemma 2). `residual_multiplier` scales what is added (Granite).
     """
 
     attention: AttentionConfig
@@ -207,15 +225,37 @@ class BlockConfig:
     norm: Norm = "rms_norm"
     norm_bias: bool = False
     norm_eps: float = 1e-6
+    norm_placement: NormPlacement = "before"
+    residual_multiplier: float = 1.0
 
     def __post_init__(self) -> None:
         _check_choice("kind", self.kind, BlockKind)
+        _check_choice("norm_placement", self.norm_placement, NormPlacement)
+        _check_above_zero(self, "residual_multiplier")
         _check_choice("norm", self.norm, Norm)
         _check_choice("num_norms", self.num_norms, NumNorms)
         if self.kind == "sequential" and self.num_norms != 2:
             raise ValueError(f"num_norms must be 2 in a sequential block, got {self.num_norms}")
-        if self.norm == "rms_norm" and self.norm_bias:
-            raise ValueError("norm_bias must be False with norm 'rms_norm', which has no bias; got True")
+        if self.norm != "layer_norm" and self.norm_bias:
+            raise ValueError(f"norm_bias must be False with norm {self.norm!r}, which has no bias; got True")
+        if self.kind == "parallel" and self.norm_placement != "before":
+            raise ValueError(
+                f"norm_placement must be 'before' in a parallel block, got {self.norm_placement!r}"
+            )
+
+    @property
+    def norm_names(self) -> tuple[str, ...]:
+        """Of the norms of the layer, as its modules and tensors are named."""
+        if self.norm_placement == "after":
+            return ("post_attention_layernorm", "post_feedforward_layernorm")
+        names = ("input_layernorm", "post_attention_layernorm")
+        if self.norm_placement == "both":
+            return (*names, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+        return names[: self.num_norms]
+
+
+# Fields that config.json leaves out at their default, so that files stay what they were before these.
+_LEFT_OUT = {"left_out_at_default": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,11 +279,18 @@ class ModelConfig:
     # attention
     attention_bias: bool = False
     attention_output_bias: bool = False
-    qk_norm: QKNorm = None
+    qk_norm: QKNorm | None = None
     rope_parameters: dict[str, Any] = field(
         default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
     )
     rope_interleaved: bool = False
+    # of sliding layers; None: rope_parameters
+    sliding_rope_parameters: dict[str, Any] | None = field(default=None, metadata=_LEFT_OUT)
+    # layers that rotate queries and keys; None: all
+    rope_layers: tuple[int, ...] | None = field(default=None, metadata=_LEFT_OUT)
+    # of the scores; None: 1 / sqrt(head_dim)
+    attention_multiplier: float | None = field(default=None, metadata=_LEFT_OUT)
+    attn_logit_softcapping: float | None = field(default=None, metadata=_LEFT_OUT)
     max_position_embeddings: int = 2048
     sliding_window: int | None = None
     layer_types: tuple[LayerType, ...] | None = None  # None: all alike, sliding if sliding_window is set
@@ -283,18 +330,26 @@ class ModelConfig:
     norm: Norm = "rms_norm"
     norm_bias: bool = False
     norm_eps: float = 1e-6
+    norm_placement: NormPlacement = field(default="before", metadata=_LEFT_OUT)
+    residual_multiplier: float = field(default=1.0, metadata=_LEFT_OUT)
+    # outside the layers
     tie_word_embeddings: bool = False
+    embedding_multiplier: float = field(default=1.0, metadata=_LEFT_OUT)
+    head_bias: bool = field(default=False, metadata=_LEFT_OUT)
     logit_scale: float = 1.0
+    final_logit_softcapping: float | None = field(default=None, metadata=_LEFT_OUT)
 
     def __post_init__(self) -> None:
         _check_positive(self, "vocab_size", "num_hidden_layers", "num_attention_experts")
+        _check_above_zero(self, "attention_multiplier", "attn_logit_softcapping", "embedding_multiplier")
+        _check_above_zero(self, "final_logit_softcapping")
         if self.num_experts != 0:  # here, because layers know these fields by other names
             _check_positive(self, "num_experts", "num_experts_per_tok", "moe_intermediate_size")
-        for name in ("moe_layers", "attention_mixture_layers", "layer_types"):
+        for name in ("moe_layers", "attention_mixture_layers", "rope_layers", "layer_types"):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, tuple(value))
-        for name in ("moe_layers", "attention_mixture_layers"):
+        for name in ("moe_layers", "attention_mixture_layers", "rope_layers"):
             for layer in getattr(self, name) or ():
                 if not 0 <= layer < self.num_hidden_layers:
                     raise ValueError(
@@ -348,6 +403,9 @@ class ModelConfig:
         listed = self.attention_mixture_layers
         return self.num_attention_experts > 1 and (listed is None or layer in listed)
 
+    def is_rotary_layer(self, layer: int) -> bool:
+        return self.rope_layers is None or layer in self.rope_layers
+
     def attention_config(self, layer: int) -> AttentionConfig:
         slides = self.layer_types is None or self.layer_types[layer] == "sliding_attention"
         return AttentionConfig(
@@ -365,6 +423,8 @@ class ModelConfig:
             norm_eps=self.norm_eps,
             rope_interleaved=self.rope_interleaved,
             sliding_window=self.sliding_window if slides else None,
+            scale=self.attention_multiplier,
+            logit_cap=self.attn_logit_softcapping,
         )
 
     def router_config(self) -> RouterConfig:
@@ -408,14 +468,19 @@ class ModelConfig:
             norm=self.norm,
             norm_bias=self.norm_bias,
             norm_eps=self.norm_eps,
+            norm_placement=self.norm_placement,
+            residual_multiplier=self.residual_multiplier,
         )
 
     # --- to and from config.json ---
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, under the names of the fields."""
+        values = asdict(self)
         return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if values[name] != LEFT_OUT_DEFAULTS.get(name, ...)
         }
 
     @classmethod
@@ -423,3 +488,7 @@ class ModelConfig:
         """Build from a config.json of this model type; keys that are not fields are ignored."""
         names = {f.name for f in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in names})
+
+
+# What config.json does not say, because it is what absent fields mean.
+LEFT_OUT_DEFAULTS = {f.name: f.default for f in fields(ModelConfig) if f.metadata.get("left_out_at_default")}

@@ -84,7 +84,7 @@ def layer_parameters(config: ModelConfig, layer: int, *, active: bool = False) -
     heads. The selection bias of a router is a buffer and not counted.
     """
     block = config.block_config(layer)
-    norms = block.num_norms * config.hidden_size * (2 if block.norm_bias else 1)
+    norms = len(block.norm_names) * config.hidden_size * (2 if block.norm_bias else 1)
     return (
         _attention_parameters(block.attention, active=active)
         + _feed_forward_parameters(block.feed_forward, active=active)
@@ -100,7 +100,7 @@ def model_parameters(config: ModelConfig, *, active: bool = False) -> Counter[st
     table = config.vocab_size * config.hidden_size
     outside = Counter(
         embedding=table,
-        head=0 if config.tie_word_embeddings else table,
+        head=(0 if config.tie_word_embeddings else table) + config.head_bias * config.vocab_size,
         norms=config.hidden_size * (2 if config.norm_bias else 1),
     )
     return sum((layer_parameters(config, layer, active=active) for layer in _layers(config)), outside)
@@ -230,6 +230,7 @@ def decode_bytes(
     _check_at_least_one(context=context, batch_size=batch_size, bytes_per_value=bytes_per_value)
     values = (batch_size + config.vocab_size) * config.hidden_size  # input rows and the output head
     values += config.hidden_size * (2 if config.norm_bias else 1)  # final norm
+    values += config.vocab_size * config.head_bias
     expert_values = 0.0
     for layer in _layers(config):
         parts = layer_parameters(config, layer)

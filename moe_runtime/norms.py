@@ -27,6 +27,37 @@ class RMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 
+class OffsetRMSNorm(RMSNorm):
+    """x / sqrt(mean(x²) + eps) · (1 + weight), in float32 or wider to the end (Gemma)."""
+
+    def __init__(self, *shape: int, eps: float) -> None:
+        super().__init__(*shape, eps=eps)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor, head: Tensor | None = None) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = 1.0 + _weight(self.weight, head).to(wide)
+        return (F.rms_norm(x.to(wide), x.shape[-1:], eps=self.eps) * weight).to(x.dtype)
+
+
+class JointRMSNorm(RMSNorm):
+    """x / sqrt(mean(x²) + eps) · weight over all heads of an attention expert together (OLMo 2).
+
+    x is [..., heads, P] with the heads of any number of experts in the order [slot][expert][head in group]:
+    1 slot where experts lie one after another, as many as key-value heads where they share these.
+    """
+
+    def __init__(self, heads: int, head_dim: int, *, slots: int, group: int, eps: float) -> None:
+        super().__init__(heads, head_dim, eps=eps)
+        self.by_expert = (slots, -1, group)
+
+    def forward(self, x: Tensor, head: Tensor | None = None) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        by_expert = wide.unflatten(-2, self.by_expert)
+        scale = torch.rsqrt(by_expert.square().mean((-4, -2, -1), keepdim=True) + self.eps)
+        return ((by_expert * scale).view_as(x) * _weight(self.weight, head)).to(x.dtype)
+
+
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(variance + eps) · weight, + bias if asked (Cohere: no). `shape` as in RMSNorm."""
 
@@ -56,4 +87,6 @@ def _weight(weight: Tensor, head: Tensor | None) -> Tensor:
 
 def make_norm(kind: Norm, *shape: int, eps: float, bias: bool = False) -> RMSNorm | LayerNorm:
     """The norm of that kind; an RMSNorm has no bias, which BlockConfig checks."""
-    return LayerNorm(*shape, eps=eps, bias=bias) if kind == "layer_norm" else RMSNorm(*shape, eps=eps)
+    if kind == "layer_norm":
+        return LayerNorm(*shape, eps=eps, bias=bias)
+    return (OffsetRMSNorm if kind == "offset_rms_norm" else RMSNorm)(*shape, eps=eps)

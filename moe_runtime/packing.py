@@ -101,6 +101,8 @@ def flash_attention(
     cu_seqlens: Tensor,
     max_seqlen: int,
     sliding_window: int | None,
+    scale: float | None,
+    logit_cap: float | None,
 ) -> Tensor:
     """Causal attention of each document by flash-attn: query [1, heads, L, P], key and value [1, kv heads, L,
     P] -> [1, L, heads, P].
@@ -116,7 +118,8 @@ def flash_attention(
         cu_seqlens_k=cu_seqlens,
         max_seqlen_q=max_seqlen,
         max_seqlen_k=max_seqlen,
-        softmax_scale=query.shape[-1] ** -0.5,
+        softmax_scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        **({} if logit_cap is None else {"softcap": logit_cap}),  # which early versions lack
         causal=True,
         window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),  # besides the token
         deterministic=torch.are_deterministic_algorithms_enabled(),

@@ -16,6 +16,8 @@ AUTO_MAP = {
 
 
 def published_files() -> list[Path]:
-    """The source files that `AUTO_MAP` names; copy them into the checkpoint folder under their own names."""
+    """The source files that `AUTO_MAP` names and that those import from beside them; copy them into the
+    checkpoint folder under their own names.
+    """
     folder = Path(__file__).with_name("hf")
-    return [folder / "configuration.py", folder / "modeling.py"]
+    return [folder / name for name in ("configuration.py", "modeling.py", "rotary.py")]

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from moe_runtime.config import ModelConfig
+from moe_runtime.config import LEFT_OUT_DEFAULTS, ModelConfig
 from moe_runtime.publishing import MODEL_TYPE
 
 
@@ -66,6 +66,11 @@ class MoeRuntimeConfig(PreTrainedConfig):
                 "head_dim * rope_parameters['partial_rotary_factor'] must be an even width of at most "
                 f"head_dim ({self.head_dim}), got {width}"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """transformers' dictionary, without the fields that `ModelConfig.to_dict` leaves out."""
+        values = super().to_dict()
+        return {name: v for name, v in values.items() if v != LEFT_OUT_DEFAULTS.get(name, ...)}
 
     def model_config(self) -> ModelConfig:
         """The checked description that layers are built from. Raises ValueError where a field is wrong."""

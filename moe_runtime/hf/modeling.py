@@ -4,6 +4,7 @@ The layers come from `moe_runtime` by absolute import, so that a published copy 
 the package is installed.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +16,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -26,16 +26,18 @@ from moe_runtime.attention import (
     Rotary,
     RoutedMixtureProjection,
     RoutedQueryProjection,
+    capped_attention,
 )
 from moe_runtime.block import Block, BlockOutput
 from moe_runtime.experts import Experts
 from moe_runtime.linear import Linear
-from moe_runtime.norms import make_norm
+from moe_runtime.norms import OffsetRMSNorm, make_norm
 from moe_runtime.packing import check_cu_seqlens, packed_positions
 from moe_runtime.publishing import AUTO_MAP
 from moe_runtime.routers import SoftRouter, TopKRouter, TopKSoftRouter
 
 from .configuration import MoeRuntimeConfig
+from .rotary import MoeRuntimeRotaryEmbedding
 
 # what transformers does not know how to draw, and has its weight drawn as that of a Linear
 DRAWN_LIKE_LINEAR = (
@@ -95,15 +97,11 @@ def eager_attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention in plain matrix products, which also returns the weights [B, heads, L, keys]."""
-    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
-    return (weights @ value).transpose(1, 2), weights
+    return capped_attention(query, key, value, attention_mask, scaling, softcap)
 
 
 def _check_flash_dtype(implementation: str, query: Tensor) -> None:
@@ -129,7 +127,9 @@ class MoeRuntimeAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = attention.head_dim
         self.num_key_value_groups = attention.attended_heads // attention.total_kv_heads
-        self.scaling = attention.head_dim**-0.5
+        self.scaling = attention.score_scale
+        # only where it is set, because some implementations do not know it
+        self.options = {} if attention.logit_cap is None else {"softcap": attention.logit_cap}
         self.sliding_window = attention.sliding_window
         self.is_causal = True
 
@@ -160,44 +160,9 @@ class MoeRuntimeAttention(nn.Module):
             dropout=0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
+            **self.options,
             **kwargs,
         )
-
-
-class MoeRuntimeRotaryEmbedding(nn.Module):
-    """cos and sin [B, L, R] of every position, float32, for any RoPE type of transformers, also partial."""
-
-    inv_freq: Tensor
-    original_inv_freq: Tensor
-
-    def __init__(self, config: MoeRuntimeConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
-        self.rope_type = config.rope_parameters["rope_type"]
-        rope_init = self.compute_default_rope_parameters
-        if self.rope_type != "default":
-            rope_init = ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = rope_init(config)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
-
-    @staticmethod
-    def compute_default_rope_parameters(
-        config: MoeRuntimeConfig, device: torch.device | None = None, **kwargs: Any
-    ) -> tuple[Tensor, float]:
-        """theta^(-2r / rotated width), and no scaling of attention. transformers calls it by this name."""
-        rope = config.rope_parameters
-        width = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
-        pair_R = torch.arange(0, width, 2, device=device, dtype=torch.float32)
-        return rope["rope_theta"] ** (-pair_R / width), 1.0
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: Tensor, position_ids: Tensor) -> Rotary:
-        angle_BLR = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float32)
-        return angle_BLR.cos() * self.attention_scaling, angle_BLR.sin() * self.attention_scaling
 
 
 # Inherits Block, so that the checkpoint's keys have no extra level.
@@ -223,7 +188,6 @@ class MoeRuntimePreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = ["MoeRuntimeDecoderLayer"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["selection_bias"]
-    _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -234,10 +198,17 @@ class MoeRuntimePreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(MoeRuntimeAttention, index=1),
     }
 
+    @property
+    def _supports_sdpa(self) -> bool:
+        """PyTorch's attention cannot cap its scores."""
+        return self.config.attn_logit_softcapping is None
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
+        if isinstance(module, OffsetRMSNorm):
+            init.zeros_(module.weight)
         if isinstance(module, DRAWN_LIKE_LINEAR):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, Experts):
@@ -274,6 +245,12 @@ class MoeRuntimeModel(MoeRuntimePreTrainedModel):
             described.norm, described.hidden_size, eps=described.norm_eps, bias=described.norm_bias
         )
         self.rotary_emb = MoeRuntimeRotaryEmbedding(config)
+        self.sliding_rotary_emb = None
+        if config.sliding_rope_parameters is not None:
+            sliding = copy.copy(config)
+            sliding.rope_parameters = config.sliding_rope_parameters
+            self.sliding_rotary_emb = MoeRuntimeRotaryEmbedding(sliding)
+        self.has_rotary = [described.is_rotary_layer(number) for number in range(config.num_hidden_layers)]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -322,15 +299,20 @@ class MoeRuntimeModel(MoeRuntimePreTrainedModel):
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(L, device=inputs_embeds.device) + seen).unsqueeze(0)
         x_BLD = inputs_embeds
-        rotary = self.rotary_emb(x_BLD, position_ids=position_ids)
+        if self.config.embedding_multiplier != 1.0:
+            # a tensor, so that the multiplier is rounded to the dtype as Gemma's is
+            x_BLD = x_BLD * x_BLD.new_full((), self.config.embedding_multiplier)
+        rotary_by_type = self._rotary_by_type(x_BLD, position_ids)
         token_mask_BL = _token_mask(attention_mask, L)
         outputs: list[BlockOutput] = []
-        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+        for layer, kind, has_rotary in zip(
+            self.layers, self.config.layer_types, self.has_rotary, strict=True
+        ):
             # by position: reentrant checkpointing follows gradients of positional arguments only, and turns a
             # named tuple into a plain one
             output = layer(
                 x_BLD,
-                rotary,
+                rotary_by_type[kind] if has_rotary else None,
                 token_mask_BL,
                 attention_mask=mask_by_type[kind],
                 position_ids=position_ids,
@@ -348,6 +330,13 @@ class MoeRuntimeModel(MoeRuntimePreTrainedModel):
             z_loss=z_loss,
             expert_count=expert_count,
         )
+
+    def _rotary_by_type(self, x_BLD: Tensor, position_ids: Tensor) -> dict[str, Rotary]:
+        """The rotation of each layer type."""
+        rotary = sliding = self.rotary_emb(x_BLD, position_ids=position_ids)
+        if self.sliding_rotary_emb is not None:
+            sliding = self.sliding_rotary_emb(x_BLD, position_ids=position_ids)
+        return {"full_attention": rotary, "sliding_attention": sliding}
 
     def _masks(
         self,
@@ -372,7 +361,7 @@ class MoeRuntimeModel(MoeRuntimePreTrainedModel):
 
 
 class MoeRuntimeForCausalLM(MoeRuntimePreTrainedModel, GenerationMixin):
-    """The language model: `MoeRuntimeModel` and a head without bias."""
+    """The language model: `MoeRuntimeModel` and a head."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -380,7 +369,7 @@ class MoeRuntimeForCausalLM(MoeRuntimePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MoeRuntimeModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         self.post_init()
 
     @can_return_tuple
@@ -418,6 +407,9 @@ class MoeRuntimeForCausalLM(MoeRuntimePreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
+        if self.config.final_logit_softcapping is not None:
+            cap = self.config.final_logit_softcapping
+            logits = (logits / cap).tanh() * cap
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)

@@ -74,7 +74,7 @@ def test_rope_settings_of_older_files_are_understood(older):
         ({"num_experts_per_tok": 0}, "num_experts_per_tok must be a whole number of at least 1, got 0"),
         ({"moe_intermediate_size": 0}, "moe_intermediate_size must be a whole number of at least 1, got 0"),
         ({"sliding_window": 0}, "sliding_window must be a whole number of at least 1, got 0"),
-        ({"qk_norm": "l2"}, "qk_norm must be one of 'rms_norm', 'layer_norm', got 'l2'"),
+        ({"qk_norm": "l2"}, "qk_norm must be one of 'rms_norm', .*'joint_rms_norm', got 'l2'"),
         (
             {"rope_parameters": {"rope_type": "spiral"}},
             r"rope_type.* must be one of .*'default'.*got 'spiral'",
