@@ -13,8 +13,8 @@ from upcycle.recipe import Recipe
 from upcycle.tasks import Assignment, Band, Piece, TensorTask
 
 
-def assign(recipe: Recipe) -> Assignment:
-    mixed = branch_train_mix.assign(recipe)
+def assign(recipe: Recipe, num_experts: int) -> Assignment:
+    mixed = branch_train_mix.assign(recipe, num_experts)
     return replace(mixed, attention=mixed.feed_forward)
 
 

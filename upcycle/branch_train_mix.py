@@ -7,8 +7,8 @@ from upcycle.recipe import Recipe
 from upcycle.tasks import Assignment
 
 
-def assign(recipe: Recipe) -> Assignment:
-    experts = tuple(range(len(recipe.sources)))
+def assign(recipe: Recipe, num_experts: int) -> Assignment:
+    experts = tuple(range(num_experts))
     # A base that is no expert is the plan's last source.
     base = recipe.sources.index(recipe.base) if recipe.base in recipe.sources else len(recipe.sources)
     return Assignment(

@@ -1,24 +1,59 @@
 """Recipe and sources -> plan: everything a run will do, decided and checked before a weight is read."""
 
 import filecmp
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_runtime.config import ModelConfig
-from moe_runtime.families import DENSE_FAMILIES, model_config
-from upcycle import bam, branch_train_mix, names, sparse_copy
+from moe_runtime.families import DENSE_FAMILIES, KNOWN_FAMILIES, model_config
+from upcycle import (
+    bam,
+    branch_train_mix,
+    drop,
+    granular,
+    names,
+    noise,
+    replicate,
+    shared_expert,
+    sparse_copy,
+)
 from upcycle.checkpoint import Checkpoint, read_json
 from upcycle.errors import RecipeError, UpcycleError
-from upcycle.layout import Layout, feed_forward_tasks, unmixed_task
+from upcycle.layout import ExpertBands, Layout, copied, feed_forward_tasks, unmixed_task
+from upcycle.method_sections import LayersRecipe
 from upcycle.recipe import Recipe
-from upcycle.sources import AdapterSource, open_source
 from upcycle.routers.file import check_routers, router_shapes
+from upcycle.sources import AdapterSource, open_source
+from upcycle.sources.moe import per_expert
 from upcycle.targets import EMPTY_SHARED_WIDTH, target_config_json
 from upcycle.tasks import Assignment, TensorTask
 
-_ASSIGN = {"copy": sparse_copy.assign, "btx": branch_train_mix.assign, "bam": bam.assign}
+
+class _Method(NamedTuple):
+    """What a method decides; the rest is the same for all."""
+
+    assign: Callable[[Recipe, int], Assignment] = sparse_copy.assign
+    expert_bands: ExpertBands = copied
+    describe: Callable[[Recipe, ModelConfig], ModelConfig] = lambda _, model: model  # the output's sizes
+    feed_forward_tasks: Callable[[Layout, int], Iterator[TensorTask]] = feed_forward_tasks
+
+
+_METHODS = {
+    "copy": _Method(),
+    "btx": _Method(branch_train_mix.assign),
+    "bam": _Method(bam.assign),
+    "noise": _Method(expert_bands=noise.expert_bands),
+    "drop": _Method(expert_bands=drop.expert_bands),
+    "granular": _Method(expert_bands=granular.expert_bands, describe=granular.describe),
+    "shared_expert": _Method(expert_bands=shared_expert.expert_bands, describe=shared_expert.describe),
+    "replicate": _Method(
+        expert_bands=replicate.expert_bands,
+        describe=replicate.describe,
+        feed_forward_tasks=replicate.feed_forward_tasks,
+    ),
+}
 # Names of safetensors headers -> torch's.
 TORCH_DTYPE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _HEADER_DTYPE = {name: header for header, name in TORCH_DTYPE.items()}
@@ -56,22 +91,28 @@ def make_plan_for(recipe: Recipe) -> UpcyclePlan:
             format cannot express the output.
     """
     paths = _source_paths(recipe)
+    method = _METHODS[recipe.method]
+    is_mixture = recipe.method == "replicate"
     sources = tuple(open_source(path) for path in paths)
-    dense_configs = [_dense_config(source) for source in sources]
-    base, dense = sources[paths.index(recipe.base)], dense_configs[paths.index(recipe.base)]
-    for source, config in zip(sources, dense_configs, strict=True):
+    if is_mixture:
+        sources = tuple(per_expert(source) for source in sources)
+    configs = [_mixture_config(source) if is_mixture else _dense_config(source) for source in sources]
+    base, dense = sources[paths.index(recipe.base)], configs[paths.index(recipe.base)]
+    shapes = _mixture_shapes(recipe, base, dense) if is_mixture else names.dense_shapes(dense)
+    for source, config in zip(sources, configs, strict=True):
         _check_same_model(base, dense, source, config)
-        _check_tensors(source, names.dense_shapes(config))
+        _check_tensors(source, shapes)
     _check_vocabularies(base, sources)
     _check_block(recipe, base, dense)
-    model = _output_model(recipe, dense)
+    model = method.describe(recipe, dense if is_mixture else _output_model(recipe, dense))
     dtype = _HEADER_DTYPE[recipe.dtype] if recipe.dtype else base.tensors[names.EMBEDDING].dtype
     config_json = target_config_json(recipe, model, base.config_json, TORCH_DTYPE[dtype])
     if recipe.target == "qwen2_moe":
-        model = replace(model, shared_expert_intermediate_size=EMPTY_SHARED_WIDTH, shared_expert_gate=True)
-    assignment = _ASSIGN[recipe.method](recipe)
-    layout = Layout(dense, model, assignment, recipe.target, dtype, recipe.router, len(sources))
-    tasks = tuple(_tasks(layout))
+        width = model.shared_expert_intermediate_size or EMPTY_SHARED_WIDTH
+        model = replace(model, shared_expert_intermediate_size=width, shared_expert_gate=True)
+    assignment = method.assign(recipe, model.num_experts)
+    layout = Layout(recipe, dense, model, assignment, dtype, shapes, method.expert_bands, len(sources))
+    tasks = tuple(_tasks(layout, method))
     routers = check_routers(recipe.router, model, router_shapes(tasks, len(sources)))
     return UpcyclePlan(recipe, sources, base, dense, model, assignment, config_json, dtype, tasks, routers)
 
@@ -81,7 +122,7 @@ def _source_paths(recipe: Recipe) -> tuple[str | AdapterSource, ...]:
     return recipe.sources if recipe.base in recipe.sources else (*recipe.sources, recipe.base)
 
 
-def _tasks(layout: Layout) -> Iterator[TensorTask]:
+def _tasks(layout: Layout, method: _Method) -> Iterator[TensorTask]:
     for name in layout.shapes:
         if not name.startswith("model.layers."):
             yield unmixed_task(layout, name)
@@ -97,7 +138,7 @@ def _tasks(layout: Layout) -> Iterator[TensorTask]:
         if mixed["self_attn"]:
             yield from bam.attention_tasks(layout, number)
         if mixed["mlp"]:
-            yield from feed_forward_tasks(layout, number)
+            yield from method.feed_forward_tasks(layout, number)
 
 
 # --- the output ---
@@ -141,15 +182,22 @@ def _chosen_layers(recipe: Recipe, num_layers: int) -> tuple[int, ...] | None:
     """Layers that get experts; None: all."""
     if recipe.layers == "all":
         return None
-    if recipe.layers == "every_other":
-        if num_layers == 1:
-            raise RecipeError("layers 'every_other' leaves no layer with experts in a model of 1 layer")
-        return tuple(range(1, num_layers, 2))
-    assert isinstance(recipe.layers, tuple)
-    for number in recipe.layers:
+    layers = LayersRecipe(moe_every=2) if recipe.layers == "every_other" else recipe.layers
+    if isinstance(layers, LayersRecipe):
+        first, every = layers.first_dense, layers.moe_every
+        layers = tuple(n for n in range(first, num_layers) if (n + 1) % every == 0)
+        if not layers:
+            said = (
+                "'every_other'"
+                if recipe.layers == "every_other"
+                else f"first_dense {first}, moe_every {every}"
+            )
+            raise RecipeError(f"layers {said} leaves no layer with experts; the model has {num_layers}")
+    assert isinstance(layers, tuple)
+    for number in layers:
         if not 0 <= number < num_layers:
             raise RecipeError(f"layers must lie between 0 and {num_layers - 1}, got {number}")
-    chosen = tuple(sorted(set(recipe.layers)))
+    chosen = tuple(sorted(set(layers)))
     return None if len(chosen) == num_layers else chosen
 
 
@@ -157,11 +205,34 @@ def _chosen_layers(recipe: Recipe, num_layers: int) -> tuple[int, ...] | None:
 
 
 def _dense_config(source: Checkpoint) -> ModelConfig:
-    family = source.config_json.get("model_type")
-    if family not in DENSE_FAMILIES:
+    return _config_of_family(source, DENSE_FAMILIES)
+
+
+def _mixture_config(source: Checkpoint) -> ModelConfig:
+    config = _config_of_family(source, [name for name in KNOWN_FAMILIES if name not in DENSE_FAMILIES])
+    if config.num_experts == 0 or config.num_attention_experts > 1:
+        has = "attention experts" if config.num_experts else "no experts"
         raise UpcycleError(
-            f"{source.folder}/config.json: model_type must be one of {', '.join(DENSE_FAMILIES)}, "
-            f"got {family!r}"
+            f"{source.folder}: method 'replicate' copies the experts of feed-forwards, this model has {has}"
+        )
+    return config
+
+
+def _mixture_shapes(recipe: Recipe, source: Checkpoint, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    norm_per_head = source.config_json["model_type"] == "moe_runtime" and config.qk_norm == "rms_norm"
+    if norm_per_head and recipe.target != "moe_runtime":
+        raise RecipeError(
+            f"target {recipe.target!r} cannot hold this model: its query and key norms have a row for each "
+            "head; use target 'moe_runtime'"
+        )
+    return replicate.shapes(config, norm_per_head=norm_per_head)
+
+
+def _config_of_family(source: Checkpoint, families: Sequence[str]) -> ModelConfig:
+    family = source.config_json.get("model_type")
+    if family not in families:
+        raise UpcycleError(
+            f"{source.folder}/config.json: model_type must be one of {', '.join(families)}, got {family!r}"
         )
     try:
         return model_config(source.config_json)

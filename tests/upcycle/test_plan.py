@@ -312,7 +312,7 @@ def test_tensors_without_a_place_are_named(dense_copy):
 
 def test_every_other_of_one_layer_is_none(dense):
     with pytest.raises(
-        UpcycleError, match="layers 'every_other' leaves no layer with experts in a model of 1"
+        UpcycleError, match="layers 'every_other' leaves no layer with experts; the model has 1"
     ):
         copy_plan(dense("llama", num_hidden_layers=1), layers="every_other")
 
