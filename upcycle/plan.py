@@ -44,6 +44,7 @@ _METHODS = {
     "copy": _Method(),
     "btx": _Method(branch_train_mix.assign),
     "bam": _Method(bam.assign),
+    "upit": _Method(branch_train_mix.assign),
     "noise": _Method(expert_bands=noise.expert_bands),
     "drop": _Method(expert_bands=drop.expert_bands),
     "granular": _Method(expert_bands=granular.expert_bands, describe=granular.describe),

@@ -93,9 +93,14 @@ def write_side_files(folder: Path, plan: UpcyclePlan, hashes: dict[str, dict[str
     write_json(folder / "config.json", config_json)
     write_json(folder / RECORD_NAME, record(plan, hashes))
     write_text(folder / "README.md", model_card(plan))
+    copy_side_files(plan.base.folder, folder)
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Tokenizer, ways of generating and terms of a model."""
     for name in _COPIED_FILES:
-        if (plan.base.folder / name).is_file():
-            copy_file(plan.base.folder / name, folder / name)
+        if (source / name).is_file():
+            copy_file(source / name, folder / name)
 
 
 def model_card(plan: UpcyclePlan) -> str:
@@ -116,6 +121,7 @@ def model_card(plan: UpcyclePlan) -> str:
         "copy": "Every expert starts as a copy of the dense feed-forward (sparse upcycling).",
         "btx": "Feed-forward experts come from one source each (Branch-Train-MiX).",
         "bam": "Feed-forward and attention experts come from one source each (BAM).",
+        "upit": "Feed-forward experts come from points of one fine-tuning, and children of these (UpIT).",
     }[method]
     own_block = method != "bam" or plan.model.block == "parallel"
     note = (

@@ -23,7 +23,7 @@ from upcycle.method_sections import (
 from upcycle.recipe_checks import check_choice, check_type
 from upcycle.sources import AdapterSource
 
-Method = Literal["copy", "btx", "bam", "noise", "drop", "granular", "shared_expert", "replicate"]
+Method = Literal["copy", "btx", "bam", "noise", "drop", "granular", "shared_expert", "replicate", "upit"]
 TargetName = Literal["moe_runtime", "mixtral", "qwen2_moe", "qwen3_moe"]
 NonExpert = Literal["mean", "base"]
 Dtype = Literal["float32", "bfloat16", "float16"]
