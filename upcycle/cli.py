@@ -15,7 +15,7 @@ from rich.table import Table
 from upcycle.plan import UpcyclePlan
 from upcycle.recipe import load_recipe
 from upcycle.run import UpcycleResult, upcycle
-from upcycle.tasks import Normal, TensorTask, Zeros
+from upcycle.tasks import Normal, Orthogonal, TensorTask, Zeros
 from upcycle.verify import verify
 
 
@@ -109,6 +109,8 @@ def _made_from(task: TensorTask) -> str:
             return "zeros"
         case Normal(std=std, seed=seed):
             return f"normal, std {std}, seed {seed}"
+        case Orthogonal(norm=norm, seed=seed):
+            return f"orthogonal rows of length {norm}, seed {seed}"
         case bands:
             pieces = [piece for band in bands for piece in band.pieces]
             tensors = dict.fromkeys(re.sub(r"^model\.layers\.\d+\.", "", piece.tensor) for piece in pieces)
@@ -125,5 +127,9 @@ def _plan_table(plan: UpcyclePlan) -> Table:
         table.add_row(row["name"], str(row["count"]), " x ".join(map(str, row["shape"])), row["from"])
     for number, source in enumerate(plan.sources):
         table.caption = f"{table.caption or ''}source {number}: {escape(str(source.folder))}\n"
+    if not plan.recipe.router.is_drawn:
+        table.caption = (
+            f"{table.caption}source {len(plan.sources)}: {escape(plan.recipe.router.describe())}\n"
+        )
     table.caption_justify = "left"
     return table

@@ -38,6 +38,15 @@ _COPIED_FILES = (
 )
 _HASH_BLOCK = 2**20
 
+# What the model card says about each router.init.
+_ROUTERS = {
+    "normal": "random",
+    "orthogonal": "random, with rows at right angles",
+    "file": "given",
+    "centroid": "the centroids of the experts' texts",
+    "ridge": "a ridge regression from inputs to the experts' texts",
+}
+
 
 def hash_file(path: Path) -> str:
     digest = sha256()
@@ -47,11 +56,14 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def record(plan: UpcyclePlan, hashes: dict[str, dict[str, str]]) -> dict[str, Any]:
+def record(
+    plan: UpcyclePlan, hashes: dict[str, dict[str, str]], routers: dict[str, Any] | None
+) -> dict[str, Any]:
     """The content of upcycle.json. The same run gives the same text: no times, no output path.
 
     Args:
         hashes: sha256 of each weight file, by source folder and file name.
+        routers: where the routers' weights come from, if they are not drawn.
     """
     recipe = plan.recipe.to_dict()
     del recipe["output"]
@@ -59,6 +71,7 @@ def record(plan: UpcyclePlan, hashes: dict[str, dict[str, str]]) -> dict[str, An
         "method": plan.recipe.method,
         "recipe": recipe,
         "seed": plan.recipe.router.seed,
+        **({"routers": routers} if routers is not None else {}),
         "sources": [
             {
                 "path": str(source.folder.resolve()),
@@ -83,7 +96,9 @@ def record(plan: UpcyclePlan, hashes: dict[str, dict[str, str]]) -> dict[str, An
     }
 
 
-def write_side_files(folder: Path, plan: UpcyclePlan, hashes: dict[str, dict[str, str]]) -> None:
+def write_side_files(
+    folder: Path, plan: UpcyclePlan, hashes: dict[str, dict[str, str]], routers: dict[str, Any] | None
+) -> None:
     """Everything but the weights and their index."""
     config_json = dict(plan.config_json)
     if plan.recipe.target == "moe_runtime":
@@ -91,7 +106,7 @@ def write_side_files(folder: Path, plan: UpcyclePlan, hashes: dict[str, dict[str
         for path in published_files():
             copy_file(path, folder / path.name)
     write_json(folder / "config.json", config_json)
-    write_json(folder / RECORD_NAME, record(plan, hashes))
+    write_json(folder / RECORD_NAME, record(plan, hashes, routers))
     write_text(folder / "README.md", model_card(plan))
     copy_side_files(plan.base.folder, folder)
 
@@ -122,6 +137,11 @@ def model_card(plan: UpcyclePlan) -> str:
         "btx": "Feed-forward experts come from one source each (Branch-Train-MiX).",
         "bam": "Feed-forward and attention experts come from one source each (BAM).",
         "upit": "Feed-forward experts come from points of one fine-tuning, and children of these (UpIT).",
+        "noise": "Every expert starts as a copy of the dense feed-forward plus noise.",
+        "drop": "Every expert starts as the dense feed-forward with hidden units drawn anew (Drop-Upcycling).",
+        "granular": "Every expert starts as a part of the dense feed-forward (granular upcycling).",
+        "shared_expert": "The dense feed-forward is the shared expert; narrow routed experts start beside it.",
+        "replicate": "Every expert starts as a copy of an expert of a smaller mixture.",
     }[method]
     own_block = method != "bam" or plan.model.block == "parallel"
     note = (
@@ -135,7 +155,8 @@ def model_card(plan: UpcyclePlan) -> str:
 {made} {plan.num_parameters:,} parameters, {plan.model.num_experts} experts,
 {plan.model.num_experts_per_tok} per token.
 {note}
-It has not been trained since: its routers are random. `{RECORD_NAME}` holds the sources' hashes.
+It has not been trained since: its routers are {_ROUTERS[plan.recipe.router.init]}.
+`{RECORD_NAME}` holds the sources' hashes.
 
 {needs}```python
 from transformers import AutoModelForCausalLM

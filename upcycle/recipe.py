@@ -109,6 +109,25 @@ class RouterRecipe:
         if self.init == "file" and not self.path:
             raise RecipeError("router.path must name the file of router weights that init 'file' reads")
 
+    @property
+    def is_drawn(self) -> bool:
+        """At random, from the seed; else the weights come from a file."""
+        return self.init in ("normal", "orthogonal")
+
+    def describe(self) -> str:
+        """How the first weights are made, in words."""
+        match self.init:
+            case "normal":
+                return f"normal, std {self.std}, seed {self.seed}"
+            case "orthogonal":
+                return f"orthogonal rows of length {self.row_norm}, seed {self.seed}"
+            case "file":
+                return f"router weights of {self.path}"
+        return (
+            f"{self.init} of the routers' inputs when the base reads at most {self.max_tokens:,} tokens of "
+            f"each of {', '.join(self.data)}; computed before anything is written"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """What has an effect, as plain values."""
         values = asdict(self)

@@ -29,6 +29,7 @@ from upcycle.errors import UpcycleError
 from upcycle.plan import UpcyclePlan, make_plan_for
 from upcycle.provenance import hash_file, write_json, write_side_files
 from upcycle.recipe import Recipe, load_recipe, parse_size
+from upcycle.routers.compute import open_routers
 from upcycle.stream import are_equal, chunks
 
 try:
@@ -64,6 +65,7 @@ class UpcycleResult:
             "parameters": self.plan.num_parameters,
             "bytes": self.plan.num_bytes,
             "dtype": self.plan.dtype,
+            "routers": self.plan.recipe.router.describe(),
             "seconds": self.seconds,
         }
 
@@ -87,7 +89,7 @@ def upcycle(recipe: Recipe | str | Path, *, dry_run: bool = False) -> UpcycleRes
     shards = make_shards(plan.tasks, parse_size(recipe.max_shard_size))
     if not dry_run:
         _check_disk(output, plan.num_bytes)
-        with _working_folder(output) as folder:
+        with working_folder(output) as folder:
             _write(folder, plan, shards)
     files = tuple(shard.name for shard in shards)
     return UpcycleResult(output, plan, files, dry_run, time.monotonic() - start)
@@ -114,7 +116,7 @@ def _check_disk(output: Path, num_bytes: int) -> None:
 
 
 @contextmanager
-def _working_folder(output: Path) -> Iterator[Path]:
+def working_folder(output: Path) -> Iterator[Path]:
     """A folder beside the output, renamed to it when the body ends and removed when the body fails."""
     folder = output.with_name(f".{output.name}.incomplete")
     try:
@@ -182,10 +184,13 @@ def _as_upcycle_error(error: OSError, output: Path) -> UpcycleError:
 
 def _write(folder: Path, plan: UpcyclePlan, shards: tuple[Shard, ...]) -> None:
     with ExitStack() as stack:
+        routers = stack.enter_context(open_routers(plan))
         progress = stack.enter_context(_progress())
         readers = [stack.enter_context(source.open_rows()) for source in plan.sources]
         for reader in readers:
             _check_tied_head(plan, reader)
+        if routers is not None:
+            readers.append(stack.enter_context(routers.checkpoint.open_rows()))
         hashes = _hash_sources(plan, progress)
         writing = progress.add_task(f"Writing {plan.recipe.output}", total=plan.num_bytes)
         for shard in shards:
@@ -195,7 +200,7 @@ def _write(folder: Path, plan: UpcyclePlan, shards: tuple[Shard, ...]) -> None:
             )
         if len(shards) > 1:
             write_json(folder / INDEX_NAME, index_json(shards))
-        write_side_files(folder, plan, hashes)
+        write_side_files(folder, plan, hashes, routers.record if routers is not None else None)
 
 
 def _check_tied_head(plan: UpcyclePlan, reader: Reader) -> None:

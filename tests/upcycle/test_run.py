@@ -222,7 +222,7 @@ def test_a_disk_that_fails_in_the_middle_leaves_nothing(error, message, dense, t
 
 
 def test_an_interrupted_run_leaves_nothing(dense, tmp_path, monkeypatch):
-    def interrupt(folder, plan, hashes):
+    def interrupt(folder, plan, hashes, routers):
         assert list(folder.glob("*.safetensors"))
         raise KeyboardInterrupt
 
@@ -235,8 +235,8 @@ def test_an_interrupted_run_leaves_nothing(dense, tmp_path, monkeypatch):
 def test_an_output_that_appears_during_the_run_is_left_alone(dense, tmp_path, monkeypatch):
     real = RUN.write_side_files
 
-    def appear(folder, plan, hashes):
-        real(folder, plan, hashes)
+    def appear(folder, plan, hashes, routers):
+        real(folder, plan, hashes, routers)
         (tmp_path / "out").mkdir()
 
     monkeypatch.setattr(RUN, "write_side_files", appear)
