@@ -1,4 +1,5 @@
-"""`expert_ffn` on a CPU against transformers' expert layers, and against a dense layer of the same FLOPs.
+"""`expert_ffn` and `PackedExperts` on a CPU against transformers' expert layers, and a dense layer of the same
+FLOPs.
 
 All start from the same chosen experts and gates: what sorts them is part of the time. The dense layer is one
 feed-forward network as wide as the K experts that a token passes.
@@ -7,7 +8,8 @@ feed-forward network as wide as the K experts that a token passes.
 import pytest
 import torch
 import torch.nn.functional as functional
-from moe_runtime_kernels import expert_ffn, make_plan
+from moe_runtime_kernels import PackedExperts, expert_ffn, make_plan
+from moe_runtime_kernels.packed_experts import can_pack
 from torch import Tensor
 
 from benchmarks.bench_moe_layer import dense_work
@@ -48,6 +50,11 @@ def bench_experts_cpu(compare, tiny, shape, direction, tokens, dtype):
         weight_bytes = 3 * D * F * dtype.itemsize
         batched = available({"transformers_batched_mm": lambda: batched_experts(expert_TK, E, weight_bytes)})
         fns, absent = fns | batched.fns, batched.absent
+        if can_pack(dtype):
+            packed = PackedExperts(leaves[1], leaves[2])
+            fns["moe_runtime_packed"] = lambda *i: packed(i[0], expert_TK, i[3])
+        else:
+            absent["moe_runtime_packed"] = "oneDNN has no such products on this processor"
     calls = {name: lambda fn=fn: call(fn) for name, fn in fns.items()}
     expected = call(peers["grouped_mm"])
     if tokens == max(ROUNDS):

@@ -24,7 +24,9 @@ _HOME = {
     "accelerate_model": "hf.accelerate",
     "load_balancing_loss": "layers",
     "mean_gate_balance_loss": "layers",
+    "pack_experts": "packed_experts",
     "register": "hf.experts_interface",
+    "unpack_experts": "packed_experts",
     "z_loss": "layers",
 }
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moe_runtime.config import Activation, FeedForwardConfig
 from moe_runtime.megablocks_backend import check_tensors, load_gmm, rows_per_expert
+from moe_runtime.packed_experts import packed_forward
 from moe_runtime.routers import INITIAL_STD
 
 
@@ -76,6 +77,11 @@ class Experts(nn.Module):
             weight_TK: gates, float32.
             residual_TD: added in the last step of the fused layer, which saves one pass over the output.
         """
+        drops_out = self.training and self.config.expert_dropout > 0
+        if not drops_out:
+            y_TD = packed_forward(self, x_TD, expert_TK, weight_TK, residual_TD)
+            if y_TD is not None:
+                return y_TD
         plan = make_plan(expert_TK.int(), self.num_experts)
         operands = (x_TD, self.gate_up_proj, self.down_proj, weight_TK, plan)
         options: dict[str, Any] = {
@@ -90,7 +96,7 @@ class Experts(nn.Module):
             return adapted(*operands, **options)
         if self.config.experts_backend == "megablocks":
             return self._by_megablocks(x_TD, weight_TK, plan, residual_TD)
-        if self.training and self.config.expert_dropout > 0:
+        if drops_out:
             return self._with_dropout(x_TD, weight_TK, plan, residual_TD)
         return expert_ffn(*operands, **options, recompute=self.config.recompute_experts)
 

@@ -25,6 +25,8 @@ from transformers import activations
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.utils import logging
 
+from moe_runtime.packed_experts import packed_forward
+
 NAME = "moe_runtime"
 INSTEAD = "grouped_mm"  # transformers' own default
 MAX_EXPERTS = 1024  # of `make_plan`
@@ -83,10 +85,14 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
             )
         return ALL_EXPERTS_FUNCTIONS[INSTEAD](self, hidden_states, top_k_index, top_k_weights)
     x_TD = hidden_states.to(_dtype(hidden_states, self.down_proj))
+    if activation is not None:
+        y_TD = packed_forward(self, x_TD, top_k_index, top_k_weights)
+        if y_TD is not None:
+            return y_TD.to(hidden_states.dtype)
     plan = make_plan(top_k_index, self.down_proj.shape[0])
     if activation is None:
         return _from_parts(self, x_TD, top_k_weights, plan).to(hidden_states.dtype)
-    first, first_bias = _first_product(self)
+    first, first_bias = first_product(self)
     y_TD = (expert_ffn if adapter is None else adapter)(
         x_TD,
         first,
@@ -138,7 +144,7 @@ def _dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def _first_product(module: Any) -> tuple[Tensor, Tensor | None]:
+def first_product(module: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the first product, whatever it is called."""
     name = "gate_up_proj" if module.has_gate else "up_proj"
     return getattr(module, name), getattr(module, f"{name}_bias") if module.has_bias else None
@@ -146,7 +152,7 @@ def _first_product(module: Any) -> tuple[Tensor, Tensor | None]:
 
 def _from_parts(module: Any, x_TD: Tensor, weight_TK: Tensor, plan: RoutingPlan) -> Tensor:
     """The layer with the module's own code between the products, and after them."""
-    first, first_bias = _first_product(module)
+    first, first_bias = first_product(module)
     down, down_bias = module.down_proj, module.down_proj_bias if module.has_bias else None
     if module.is_transposed:
         h_NG = transposed_grouped_gemm(gather_rows(x_TD, plan), first, plan, first_bias)
