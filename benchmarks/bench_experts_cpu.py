@@ -1,5 +1,4 @@
-"""`expert_ffn` and `PackedExperts` on a CPU against transformers' expert layers, and a dense layer of the same
-FLOPs.
+"""Expert layers on a CPU against transformers', and against a dense layer of the same FLOPs.
 
 All start from the same chosen experts and gates: what sorts them is part of the time. The dense layer is one
 feed-forward network as wide as the K experts that a token passes.
@@ -9,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as functional
 from moe_runtime_kernels import PackedExperts, expert_ffn, make_plan
-from moe_runtime_kernels.packed_experts import can_pack
 from torch import Tensor
 
 from benchmarks.bench_moe_layer import dense_work
@@ -48,13 +46,13 @@ def bench_experts_cpu(compare, tiny, shape, direction, tokens, dtype):
     absent: dict[str, str] = {}
     if not backward:
         weight_bytes = 3 * D * F * dtype.itemsize
-        batched = available({"transformers_batched_mm": lambda: batched_experts(expert_TK, E, weight_bytes)})
-        fns, absent = fns | batched.fns, batched.absent
-        if can_pack(dtype):
-            packed = PackedExperts(leaves[1], leaves[2])
-            fns["moe_runtime_packed"] = lambda *i: packed(i[0], expert_TK, i[3])
-        else:
-            absent["moe_runtime_packed"] = "oneDNN has no such products on this processor"
+        more = available(
+            {
+                "moe_runtime_packed": lambda: packed_experts(leaves[1], leaves[2], expert_TK),
+                "transformers_batched_mm": lambda: batched_experts(expert_TK, E, weight_bytes),
+            }
+        )
+        fns, absent = fns | more.fns, more.absent
     calls = {name: lambda fn=fn: call(fn) for name, fn in fns.items()}
     expected = call(peers["grouped_mm"])
     if tokens == max(ROUNDS):
@@ -98,6 +96,12 @@ def inputs(
         weight_TK / weight_TK.sum(1, keepdim=True),
     ]
     return [tensor.requires_grad_(trained) for tensor in tensors], expert_TK.int()
+
+
+def packed_experts(gate_up_EGD: Tensor, down_EDF: Tensor, expert_TK: Tensor):
+    """Experts packed before the first call, as a call of `expert_ffn`'s operands."""
+    packed = PackedExperts(gate_up_EGD, down_EDF)
+    return lambda x_TD, _gate_up, _down, weight_TK: packed(x_TD, expert_TK, weight_TK)
 
 
 def dense_layer(x_TD: Tensor, F: int):
