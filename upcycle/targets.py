@@ -28,7 +28,7 @@ _NOT_THE_FUNCTION = (
 )
 
 # Where several fields differ, these say best why.
-_TELLING = ("num_attention_experts", "block", "qk_norm")
+_TELLING = ("num_attention_experts", "block", "qk_norm", "moe_layers")
 
 # Keys of a source's config.json that mean the same in every format.
 _CARRIED_KEYS = (
@@ -70,8 +70,13 @@ def _mismatch(target: str, model: ModelConfig) -> str | None:
     if target == "moe_runtime":
         return None
     written = model_config(_FORMATS[target](model))
-    if target == "qwen2_moe":
-        written = replace(written, shared_expert_intermediate_size=0, shared_expert_gate=False)
+    if target == "qwen2_moe":  # any shared expert, with a gate or with one that is made up for
+        shared = model.shared_expert_intermediate_size
+        written = replace(
+            written, shared_expert_intermediate_size=shared, shared_expert_gate=model.shared_expert_gate
+        )
+    if model.moe_layers is None:  # no layer has the dense width
+        written = replace(written, intermediate_size=model.intermediate_size)
     names = [field.name for field in fields(ModelConfig) if field.name not in _NOT_THE_FUNCTION]
     for name in (*_TELLING, *names):
         wanted, got = getattr(model, name), getattr(written, name)
@@ -117,6 +122,7 @@ def _mixtral(model: ModelConfig) -> dict[str, Any]:
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
         **_shared_keys(model),
+        "intermediate_size": model.moe_intermediate_size,
         "num_local_experts": model.num_experts,
         "sliding_window": model.sliding_window,
     }
@@ -143,7 +149,7 @@ def _qwen2_moe(model: ModelConfig) -> dict[str, Any]:
         "model_type": "qwen2_moe",
         **_qwen_keys(model),
         "qkv_bias": model.attention_bias,
-        "shared_expert_intermediate_size": EMPTY_SHARED_WIDTH,
+        "shared_expert_intermediate_size": model.shared_expert_intermediate_size or EMPTY_SHARED_WIDTH,
         "layer_types": list(model.layer_types or [every_layer] * model.num_hidden_layers),
     }
 

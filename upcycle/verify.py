@@ -10,6 +10,7 @@ from moe_runtime.config import ModelConfig
 from moe_runtime.families import model_config
 from upcycle.checkpoint import open_checkpoint, read_json
 from upcycle.errors import UpcycleError
+from upcycle.method_sections import SECTIONS
 from upcycle.plan import TORCH_DTYPE
 from upcycle.provenance import RECORD_NAME, hash_file
 from upcycle.sources import open_source, plain_folder
@@ -129,7 +130,7 @@ def differences(record: dict[str, Any], model: ModelConfig) -> tuple[str, ...]:
         record: upcycle.json of the output.
         model: its description.
     """
-    reasons = []
+    reasons = _method_differences(record["recipe"])
     assignment = record["assignment"]
     used = {
         *assignment["feed_forward"],
@@ -140,14 +141,33 @@ def differences(record: dict[str, Any], model: ModelConfig) -> tuple[str, ...]:
     if len({tuple(sorted(record["sources"][number]["files"].values())) for number in used}) > 1:
         reasons.append("the sources differ")
     all_chosen = model.num_experts_per_tok == model.num_experts and model.router_score == "softmax"
-    if model.router_gate == "raw" and not all_chosen:
+    # The experts of method shared_expert add nothing, and replicate keeps the gates.
+    gates_count = record["method"] not in ("shared_expert", "replicate")
+    if gates_count and model.router_gate == "raw" and not all_chosen:
         reasons.append("router.gate 'raw' scales each expert's output by its score")
-    if model.router_scale != 1.0:
+    if gates_count and model.router_scale != 1.0:
         reasons.append(f"router.scale multiplies every gate by {model.router_scale}")
     some_heads = model.attention_top_k not in (None, model.num_attention_experts)
     if some_heads and not model.attention_top_k_renorm:
         reasons.append("attention.top_k leaves out experts without renormalising the gates of the others")
     return tuple(reasons)
+
+
+def _method_differences(recipe: dict[str, Any]) -> list[str]:
+    """Why a method's experts do not add up to the dense feed-forward."""
+    sections = {name: recipe.get(name) or {} for name in SECTIONS}
+    reasons = []
+    if sections["drop"].get("ratio", 0) > 0:
+        reasons.append(f"drop draws {sections['drop']['ratio']:.0%} of each expert's hidden units anew")
+    if sections["noise"].get("std", 0) > 0 and sections["noise"]["share"] > 0:
+        reasons.append(f"noise of std {sections['noise']['std']} is added to the experts")
+    if sections["granular"].get("scale_mode", "exact") != "exact" and sections["granular"]["shards"] > 1:
+        reasons.append(f"granular.scale_mode {sections['granular']['scale_mode']!r} is not exact")
+    if sections["shared_expert"].get("residual_scale", 0) > 0:
+        reasons.append("shared_expert.residual_scale lets the routed experts add to the dense feed-forward")
+    if sections["replicate"]:
+        reasons.append("copies of one expert take the places of others among the chosen ones")
+    return reasons
 
 
 def _tokens(model: ModelConfig) -> "Tensor":
