@@ -15,7 +15,18 @@ from rich.table import Table
 from upcycle.plan import UpcyclePlan
 from upcycle.recipe import load_recipe
 from upcycle.run import UpcycleResult, upcycle
-from upcycle.tasks import Normal, Orthogonal, TensorTask, Zeros
+from upcycle.tasks import (
+    Change,
+    Normal,
+    NormalNoise,
+    Orthogonal,
+    Redraw,
+    Scale,
+    TensorTask,
+    Uniform,
+    UniformNoise,
+    Zeros,
+)
 from upcycle.verify import verify
 
 
@@ -111,12 +122,32 @@ def _made_from(task: TensorTask) -> str:
             return f"normal, std {std}, seed {seed}"
         case Orthogonal(norm=norm, seed=seed):
             return f"orthogonal rows of length {norm}, seed {seed}"
-        case bands:
-            pieces = [piece for band in bands for piece in band.pieces]
-            tensors = dict.fromkeys(re.sub(r"^model\.layers\.\d+\.", "", piece.tensor) for piece in pieces)
+        case Uniform(bound=bound, seed=seed, where=where):
+            return f"zeros, {len(where)} of them within {bound}, seed {seed}"
+        case _:
+            pieces = task.pieces
+            tensors = dict.fromkeys(
+                re.sub(r"\.experts\.\d+\.", ".experts.*.", piece.tensor) for piece in pieces
+            )
+            names = (re.sub(r"^model\.layers\.\d+\.", "", tensor) for tensor in tensors)
             sources = sorted({source for piece in pieces for source in piece.sources})
             verb = "mean" if task.is_averaged else "copy"
-            return f"{verb} of {', '.join(tensors)} from source {', '.join(map(str, sources))}"
+            made = f"{verb} of {', '.join(names)} from source {', '.join(map(str, sources))}"
+            shuffled = any(piece.row_order or piece.column_order for piece in pieces)
+            changes = dict.fromkeys(_words_of(change) for change in task.changes)
+            return ", ".join([made, *(["shuffled"] if shuffled else []), *changes])
+
+
+def _words_of(change: Change) -> str:
+    match change:
+        case Scale(factor=factor):
+            return f"times {factor:g}"
+        case NormalNoise(std=std, share=share, seed=seed):
+            return f"noise of std {std} on {share:.0%}, seed {seed}"
+        case UniformNoise(bound=bound, seed=seed):
+            return f"noise within {bound}, seed {seed}"
+        case Redraw(axis=axis, entries=entries):
+            return f"{entries.count} of {entries.total} {axis} drawn anew, seed {entries.seed}"
 
 
 def _plan_table(plan: UpcyclePlan) -> Table:

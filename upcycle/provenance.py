@@ -15,6 +15,7 @@ import yaml
 from moe_runtime.publishing import AUTO_MAP, published_files
 from upcycle.checkpoint import Checkpoint
 from upcycle.plan import UpcyclePlan
+from upcycle.tasks import Scale
 
 RECORD_NAME = "upcycle.json"
 
@@ -87,6 +88,12 @@ def record(
             "rest": list(plan.assignment.rest),
         },
         "averaged": sorted({re.sub(r"\.\d+\.", ".*.", task.name) for task in plan.tasks if task.is_averaged}),
+        "scaled": {
+            re.sub(r"\.\d+\.", ".*.", task.name): change.factor
+            for task in plan.tasks
+            for change in task.changes
+            if isinstance(change, Scale)
+        },
         "parameters": plan.num_parameters,
         "versions": {
             "moe-runtime": _version("moe-runtime"),
@@ -138,11 +145,12 @@ def model_card(plan: UpcyclePlan) -> str:
         "bam": "Feed-forward and attention experts come from one source each (BAM).",
         "upit": "Feed-forward experts come from points of one fine-tuning, and children of these (UpIT).",
         "noise": "Every expert starts as a copy of the dense feed-forward plus noise.",
-        "drop": "Every expert starts as the dense feed-forward with hidden units drawn anew (Drop-Upcycling).",
+        "drop": "Every expert starts as the dense feed-forward, partly drawn anew (Drop-Upcycling).",
         "granular": "Every expert starts as a part of the dense feed-forward (granular upcycling).",
-        "shared_expert": "The dense feed-forward is the shared expert; narrow routed experts start beside it.",
+        "shared_expert": "The dense feed-forward is the shared expert, with routed experts beside it.",
         "replicate": "Every expert starts as a copy of an expert of a smaller mixture.",
     }[method]
+    routers = "those of the mixture" if method == "replicate" else _ROUTERS[plan.recipe.router.init]
     own_block = method != "bam" or plan.model.block == "parallel"
     note = (
         "" if own_block else "\nIts blocks are sequential, as its sources': not the block of the BAM paper.\n"
@@ -155,7 +163,7 @@ def model_card(plan: UpcyclePlan) -> str:
 {made} {plan.num_parameters:,} parameters, {plan.model.num_experts} experts,
 {plan.model.num_experts_per_tok} per token.
 {note}
-It has not been trained since: its routers are {_ROUTERS[plan.recipe.router.init]}.
+It has not been trained since: its routers are {routers}.
 `{RECORD_NAME}` holds the sources' hashes.
 
 {needs}```python

@@ -166,10 +166,19 @@ class TensorTask:
         return self.num_elements * ITEM_SIZE[self.dtype]
 
     @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Everything that sources give, in order."""
+        bands = self.content if isinstance(self.content, tuple) else ()
+        return tuple(piece for band in bands for piece in band.pieces)
+
+    @property
     def is_averaged(self) -> bool:
-        return isinstance(self.content, tuple) and any(
-            len(piece.sources) > 1 for band in self.content for piece in band.pieces
-        )
+        return any(len(piece.sources) > 1 for piece in self.pieces)
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """What happens to the numbers of any piece."""
+        return tuple(change for piece in self.pieces for change in piece.changes)
 
 
 @dataclass(frozen=True)
