@@ -290,13 +290,8 @@ class Recipe:
                 f"experts_per_token must be at most the number of experts ({self.experts}), "
                 f"got {self.experts_per_token}"
             )
-        shards = self.granular.shards if self.granular else 1
-        for name in ("experts", "experts_per_token"):
-            if getattr(self, name) % shards:
-                raise RecipeError(
-                    f"{name} must be a multiple of granular.shards ({shards}), so that a token gets every "
-                    f"shard of a copy, got {getattr(self, name)}"
-                )
+        if self.granular is not None:
+            self._check_virtual_groups(self.granular)
         if self.router.gate == "renorm" and self.experts_per_token == 1:
             raise RecipeError(
                 "router.gate 'renorm' with experts_per_token 1 makes every gate 1 and no router learns; "
@@ -316,6 +311,25 @@ class Recipe:
         if top_k is not None and not 1 <= top_k <= self.experts:
             raise RecipeError(
                 f"attention.top_k must be between 1 and the number of experts ({self.experts}), got {top_k}"
+            )
+
+    def _check_virtual_groups(self, granular: GranularRecipe) -> None:
+        for name in ("experts", "experts_per_token"):
+            if getattr(self, name) % granular.shards:
+                raise RecipeError(
+                    f"{name} must be a multiple of granular.shards ({granular.shards}), so that a token gets "
+                    f"every shard of a copy, got {getattr(self, name)}"
+                )
+        if not self.router.is_drawn:
+            raise RecipeError(
+                "router.init must be 'normal' or 'orthogonal' with method 'granular', where the shards of "
+                f"a copy share one row, got {self.router.init!r}"
+            )
+        raw_sigmoid = self.router.gate == "raw" and self.router.score == "sigmoid"
+        if raw_sigmoid and granular.scale_mode != "none":
+            raise RecipeError(
+                "granular.scale_mode must be 'none' with router.gate 'raw' and router.score 'sigmoid', whose "
+                f"gates have no known sum, got {granular.scale_mode!r}"
             )
 
     def to_dict(self) -> dict[str, Any]:
