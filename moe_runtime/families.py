@@ -4,11 +4,13 @@ Reads the files of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_pa
 leaves out have the default of the family's own configuration class; sizes have none: every writer has them.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from typing import Any
 
+from moe_runtime import family_keys as of
 from moe_runtime.config import ModelConfig
+from moe_runtime.family_keys import required
 
 _COMMON_DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": None,  # None: as many as query heads
@@ -31,6 +33,23 @@ _SPARSE_DEFAULTS: dict[str, Any] = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": None,
 }
+_GRANITE_DEFAULTS: dict[str, Any] = {
+    "mlp_bias": False,
+    "embedding_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "max_position_embeddings": 2048,
+}
+_GEMMA_DEFAULTS: dict[str, Any] = {
+    "head_dim": 256,
+    "num_key_value_heads": 4,
+    "hidden_act": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "use_bidirectional_attention": False,
+    "tie_word_embeddings": True,
+}
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -38,6 +57,7 @@ _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "relu": "relu",
     "relu2": "relu2",
 }
@@ -64,11 +84,29 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], tuple[str, ...]]] = {
             "moe_intermediate_size",
             "shared_expert_intermediate_size",
             "decoder_sparse_step",
+            "rotary_dim",
+            "sliding_window_pattern",
+            "num_ln_in_parallel_attn",
         ),
     ),
     "a number": (
         (int, float),
-        ("rms_norm_eps", "layer_norm_eps", "rope_theta", "logit_scale", "router_aux_loss_coef"),
+        (
+            "rms_norm_eps",
+            "layer_norm_eps",
+            "rope_theta",
+            "rope_local_base_freq",
+            "partial_rotary_factor",
+            "logit_scale",
+            "logits_scaling",
+            "query_pre_attn_scalar",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+            "embedding_multiplier",
+            "residual_multiplier",
+            "attention_multiplier",
+            "router_aux_loss_coef",
+        ),
     ),
     "true or false": (
         bool,
@@ -80,6 +118,12 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], tuple[str, ...]]] = {
             "use_qk_norm",
             "use_sliding_window",
             "norm_topk_prob",
+            "use_bias",
+            "use_parallel_residual",
+            "bias",
+            "multi_query",
+            "parallel_attn",
+            "new_decoder_architecture",
         ),
     ),
     "a text": (str, ("hidden_act",)),
@@ -89,6 +133,10 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], tuple[str, ...]]] = {
 _MAY_BE_NULL = (
     "num_key_value_heads",
     "head_dim",
+    "intermediate_size",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "num_ln_in_parallel_attn",
     "original_max_position_embeddings",
     "sliding_window",
     "layer_types",
@@ -97,116 +145,31 @@ _MAY_BE_NULL = (
     "rope_scaling",
 )
 
+# By which something is divided.
+_ABOVE_ZERO = (
+    "hidden_size",
+    "num_attention_heads",
+    "decoder_sparse_step",
+    "sliding_window_pattern",
+    "logits_scaling",
+    "query_pre_attn_scalar",
+)
+
 # Rotary types whose scaling refers to the length the model was first trained on.
 _LENGTH_SCALED_ROPE = ("llama3", "yarn", "longrope")
 
 
-@dataclass(frozen=True)
-class _Family:
-    """`defaults` of absent keys; `special` makes the fields that only this family sets."""
+# --- the table ---
 
-    special: Callable[[Mapping[str, Any]], dict[str, Any]]
-    defaults: dict[str, Any] = field(default_factory=dict)
-
-
-# --- what each family adds to the fields that all share ---
-
-
-def _llama(c: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "attention_bias": c["attention_bias"],
-        "attention_output_bias": c["attention_bias"],
-        "mlp_bias": c["mlp_bias"],
-    }
-
-
-def _mistral(c: Mapping[str, Any]) -> dict[str, Any]:
-    return {"sliding_window": c["sliding_window"]}
-
-
-def _qwen2(c: Mapping[str, Any]) -> dict[str, Any]:
-    late = [layer >= c["max_window_layers"] for layer in range(c["num_hidden_layers"])]
-    return {"attention_bias": True, **_window(c, late)}
-
-
-def _qwen3(c: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **_qwen2(c),
-        "attention_bias": c["attention_bias"],
-        "attention_output_bias": c["attention_bias"],
-        "qk_norm": "rms_norm",
-    }
-
-
-def _cohere(c: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "attention_bias": c["attention_bias"],
-        "attention_output_bias": c["attention_bias"],
-        "qk_norm": "layer_norm" if c["use_qk_norm"] else None,
-        "rope_interleaved": True,
-        "block": "parallel",
-        "num_norms": 1,
-        "norm": "layer_norm",
-        "norm_eps": c["layer_norm_eps"],
-        "logit_scale": c["logit_scale"],
-    }
-
-
-def _mixtral(c: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **_mistral(c),
-        "num_experts": _required(c, "num_local_experts"),
-        "num_experts_per_tok": _required(c, "num_experts_per_tok"),
-        "moe_intermediate_size": c["intermediate_size"],
-        "router_aux_loss_coef": c["router_aux_loss_coef"],
-    }
-
-
-def _qwen2_moe(c: Mapping[str, Any]) -> dict[str, Any]:
-    early = [layer % 2 == 0 and layer < c["max_window_layers"] for layer in range(c["num_hidden_layers"])]
-    shared = _required(c, "shared_expert_intermediate_size")
-    return {
-        **_qwen_experts(c),
-        **_window(c, early),
-        "attention_bias": c["qkv_bias"],
-        "shared_expert_intermediate_size": shared,
-        "shared_expert_gate": shared > 0,
-    }
-
-
-def _qwen3_moe(c: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **_qwen_experts(c),
-        "attention_bias": c["attention_bias"],
-        "attention_output_bias": c["attention_bias"],
-        "qk_norm": "rms_norm",
-        "sliding_window": c["sliding_window"] if c["use_sliding_window"] else None,
-    }
-
-
-def _qwen_experts(c: Mapping[str, Any]) -> dict[str, Any]:
-    dense = set(c["mlp_only_layers"] or ())
-    layers = range(c["num_hidden_layers"])
-    sparse = tuple(n for n in layers if n not in dense and (n + 1) % c["decoder_sparse_step"] == 0)
-    return {
-        "num_experts": _required(c, "num_experts"),
-        "num_experts_per_tok": _required(c, "num_experts_per_tok"),
-        "moe_intermediate_size": _required(c, "moe_intermediate_size"),
-        "moe_layers": None if len(sparse) == len(layers) else sparse,
-        "router_gate": "renorm" if c["norm_topk_prob"] else "raw",
-        "router_aux_loss_coef": c["router_aux_loss_coef"],
-    }
-
-
-_FAMILIES: dict[str, _Family] = {
-    "llama": _Family(_llama, {"mlp_bias": False, "max_position_embeddings": 2048}),
-    "mistral": _Family(
-        _mistral, {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+_DENSE: dict[str, of.Family] = {
+    "llama": of.Family(of.llama, {"mlp_bias": False, "max_position_embeddings": 2048}),
+    "mistral": of.Family(
+        of.one_window, {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072}
     ),
-    "qwen2": _Family(_qwen2, {**_QWEN_DEFAULTS, "num_key_value_heads": 32}),
-    "qwen3": _Family(_qwen3, {**_QWEN_DEFAULTS, "num_key_value_heads": 32, "head_dim": 128}),
-    "cohere": _Family(
-        _cohere,
+    "qwen2": of.Family(of.qwen2, {**_QWEN_DEFAULTS, "num_key_value_heads": 32}),
+    "qwen3": of.Family(of.qwen3, {**_QWEN_DEFAULTS, "num_key_value_heads": 32, "head_dim": 128}),
+    "cohere": of.Family(
+        of.cohere,
         {
             "use_qk_norm": False,
             "layer_norm_eps": 1e-5,
@@ -216,8 +179,136 @@ _FAMILIES: dict[str, _Family] = {
             "max_position_embeddings": 8192,
         },
     ),
-    "mixtral": _Family(
-        _mixtral,
+    "olmo2": of.Family(of.olmo2, {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048}),
+    "granite": of.Family(of.granite, _GRANITE_DEFAULTS),
+    "gemma2": of.Family(
+        of.gemma2,
+        {
+            **_GEMMA_DEFAULTS,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "max_position_embeddings": 8192,
+        },
+        {"hidden_activation": "hidden_act"},
+    ),
+    "gemma3_text": of.Family(
+        of.gemma3,
+        {
+            **_GEMMA_DEFAULTS,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "sliding_window_pattern": 6,
+            "rope_theta": 1000000.0,
+            "rope_local_base_freq": 10000.0,
+            "max_position_embeddings": 131072,
+        },
+        {"hidden_activation": "hidden_act"},
+    ),
+    "phi3": of.Family(
+        of.one_window,
+        {
+            "sliding_window": None,
+            "rms_norm_eps": 1e-5,
+            "original_max_position_embeddings": 4096,
+            "max_position_embeddings": 4096,
+        },
+        rotates_a_part=True,
+    ),
+    "starcoder2": of.Family(
+        of.starcoder2,
+        {
+            "sliding_window": None,
+            "use_bias": True,
+            "num_key_value_heads": 2,
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 4096,
+        },
+        {"norm_epsilon": "layer_norm_eps"},
+    ),
+    "cohere2": of.Family(
+        of.cohere2,
+        {
+            "use_qk_norm": False,
+            "layer_norm_eps": 1e-5,
+            "logit_scale": 0.0625,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 8192,
+        },
+    ),
+    "gpt_neox": of.Family(
+        of.gpt_neox,
+        {
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-5,
+            "attention_bias": True,
+            "use_parallel_residual": True,
+            "partial_rotary_factor": 0.25,
+            "max_position_embeddings": 2048,
+        },
+        {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"},
+        rotates_a_part=True,
+    ),
+    "phi": of.Family(
+        of.phi,
+        {
+            "hidden_act": "gelu_new",
+            "layer_norm_eps": 1e-5,
+            "qk_layernorm": False,
+            "partial_rotary_factor": 0.5,
+            "max_position_embeddings": 2048,
+        },
+        rotates_a_part=True,
+    ),
+    "gptj": of.Family(
+        of.gptj,
+        {
+            "hidden_act": "gelu_new",
+            "layer_norm_eps": 1e-5,
+            "intermediate_size": None,
+            "rotary_dim": 64,
+            "max_position_embeddings": 2048,
+        },
+        {
+            "n_embd": "hidden_size",
+            "n_layer": "num_hidden_layers",
+            "n_head": "num_attention_heads",
+            "n_positions": "max_position_embeddings",
+            "n_inner": "intermediate_size",
+            "activation_function": "hidden_act",
+            "layer_norm_epsilon": "layer_norm_eps",
+        },
+    ),
+    "falcon": of.Family(
+        of.falcon,
+        {
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-5,
+            "intermediate_size": None,
+            "alibi": False,
+            "bias": False,
+            "multi_query": True,
+            "parallel_attn": True,
+            "new_decoder_architecture": False,
+            "num_ln_in_parallel_attn": None,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 2048,
+        },
+        {
+            "num_kv_heads": "num_key_value_heads",
+            "ffn_hidden_size": "intermediate_size",
+            "activation": "hidden_act",
+            "layer_norm_epsilon": "layer_norm_eps",
+        },
+    ),
+}
+
+_SPARSE: dict[str, of.Family] = {
+    "mixtral": of.Family(
+        of.mixtral,
         {
             "sliding_window": None,
             "num_key_value_heads": 8,
@@ -227,13 +318,40 @@ _FAMILIES: dict[str, _Family] = {
             "max_position_embeddings": 131072,
         },
     ),
-    "qwen2_moe": _Family(
-        _qwen2_moe, {**_QWEN_DEFAULTS, **_SPARSE_DEFAULTS, "qkv_bias": True, "num_key_value_heads": 16}
+    "qwen2_moe": of.Family(
+        of.qwen2_moe, {**_QWEN_DEFAULTS, **_SPARSE_DEFAULTS, "qkv_bias": True, "num_key_value_heads": 16}
     ),
-    "qwen3_moe": _Family(_qwen3_moe, {**_QWEN_DEFAULTS, **_SPARSE_DEFAULTS, "num_key_value_heads": 4}),
+    "qwen3_moe": of.Family(of.qwen3_moe, {**_QWEN_DEFAULTS, **_SPARSE_DEFAULTS, "num_key_value_heads": 4}),
+    "olmoe": of.Family(
+        of.olmoe,
+        {
+            "rms_norm_eps": 1e-5,
+            "clip_qkv": None,
+            "norm_topk_prob": False,
+            "router_aux_loss_coef": 0.01,
+            "max_position_embeddings": 4096,
+        },
+    ),
+    "flex_olmo": of.Family(
+        of.flex_olmo,
+        {
+            "clip_qkv": None,
+            "norm_topk_prob": False,
+            "rope_theta": 500000.0,
+            "router_aux_loss_coef": 0.01,
+            "max_position_embeddings": 4096,
+        },
+    ),
+    "granitemoe": of.Family(of.granitemoe, {**_GRANITE_DEFAULTS, "router_aux_loss_coef": 0.001}),
 }
 
-DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "cohere")
+# What looks like a family of the table and is not one.
+_NOT_SUPPORTED = {
+    "gemma3": "it reads images too; save its text model, of model_type 'gemma3_text'",
+}
+
+_FAMILIES = _DENSE | _SPARSE
+DENSE_FAMILIES = tuple(_DENSE)
 KNOWN_FAMILIES = (*_FAMILIES, "moe_runtime")
 
 
@@ -247,33 +365,43 @@ def model_config(config_json: Mapping[str, Any]) -> ModelConfig:
     if family == "moe_runtime":
         for needed in fields(ModelConfig):
             if needed.default is MISSING and needed.default_factory is MISSING:
-                _required(config_json, needed.name)
+                required(config_json, needed.name)
         return ModelConfig.from_dict(config_json)
-    if family not in _FAMILIES:
-        raise ValueError(f"model_type must be one of {', '.join(KNOWN_FAMILIES)}, got {family!r}")
-    keys = {**_COMMON_DEFAULTS, **_FAMILIES[family].defaults, **_one_name_per_key(config_json)}
+    check_family(family, KNOWN_FAMILIES)
+    described = _FAMILIES[str(family)]
+    given = _one_name_per_key(config_json, described.renamed)
+    keys = {**_COMMON_DEFAULTS, **described.defaults, **given}
     _check_kinds(keys)
-    heads = _required(keys, "num_attention_heads")
+    heads = required(keys, "num_attention_heads")
     shared: dict[str, Any] = {
-        "vocab_size": _required(keys, "vocab_size"),
-        "hidden_size": _required(keys, "hidden_size"),
-        "intermediate_size": _required(keys, "intermediate_size"),
-        "num_hidden_layers": _required(keys, "num_hidden_layers"),
+        "vocab_size": required(keys, "vocab_size"),
+        "hidden_size": required(keys, "hidden_size"),
+        "num_hidden_layers": required(keys, "num_hidden_layers"),
         "num_attention_heads": heads,
         "num_key_value_heads": keys["num_key_value_heads"] or heads,
         "head_dim": keys["head_dim"] or keys["hidden_size"] // heads,
         "hidden_act": _activation(keys["hidden_act"]),
         "max_position_embeddings": keys["max_position_embeddings"],
-        "rope_parameters": _rope_parameters(keys),
+        **_rope(keys, described.rotates_a_part),
         "norm_eps": keys["rms_norm_eps"],
         "tie_word_embeddings": keys["tie_word_embeddings"],
     }
-    return ModelConfig(**{**shared, **_FAMILIES[family].special(keys)})
+    special = described.special(keys)
+    if "intermediate_size" not in special:
+        shared["intermediate_size"] = required(keys, "intermediate_size")
+    return ModelConfig(**{**shared, **special})
 
 
-def _one_name_per_key(config_json: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers reads either name for the number of experts; versions differ in which they write."""
-    keys = dict(config_json)
+def check_family(family: object, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless it is one of the allowed model types."""
+    if family not in allowed:
+        why = f"; {_NOT_SUPPORTED[family]}" if family in _NOT_SUPPORTED else ""
+        raise ValueError(f"model_type must be one of {', '.join(allowed)}, got {family!r}{why}")
+
+
+def _one_name_per_key(config_json: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """The names that most families have. For the number of experts transformers reads and writes either."""
+    keys = {**config_json, **{renamed[name]: config_json[name] for name in renamed if name in config_json}}
     for name, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
         if name not in config_json and other in config_json:
             keys[name] = config_json[other]
@@ -288,12 +416,8 @@ def _check_kinds(keys: Mapping[str, Any]) -> None:
                 continue
             if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
                 raise ValueError(f"{name} must be {wanted}, got {value!r}")
-
-
-def _required(keys: Mapping[str, Any], name: str) -> Any:
-    if keys.get(name) is None:
-        raise ValueError(f"{name} is missing from the config.json of a {keys['model_type']} model")
-    return keys[name]
+            if name in _ABOVE_ZERO and isinstance(value, (int, float)) and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value!r}")
 
 
 def _activation(name: str) -> str:
@@ -302,7 +426,21 @@ def _activation(name: str) -> str:
     return _ACTIVATIONS[name]
 
 
-def _rope_parameters(keys: Mapping[str, Any]) -> dict[str, Any]:
+def _rope(keys: Mapping[str, Any], rotates_a_part: bool) -> dict[str, Any]:
+    """The fields about rotation. Gemma 3 keeps separate values for its sliding layers."""
+    if keys["model_type"] != "gemma3_text":
+        return {"rope_parameters": _rope_parameters(keys, rotates_a_part)}
+    by_type = keys.get("rope_parameters") or {}
+    full = {**(by_type.get("full_attention") or {}), **(keys.get("rope_scaling") or {})}
+    sliding = dict(by_type.get("sliding_attention") or {})
+    local = {**keys, "rope_theta": keys["rope_local_base_freq"], "rope_scaling": None}
+    return {
+        "rope_parameters": _rope_parameters({**keys, "rope_scaling": full}, rotates_a_part),
+        "sliding_rope_parameters": _rope_parameters({**local, "rope_parameters": sliding}, rotates_a_part),
+    }
+
+
+def _rope_parameters(keys: Mapping[str, Any], rotates_a_part: bool) -> dict[str, Any]:
     """One flat dictionary with `rope_type` and `rope_theta`, from either style of file."""
     # transformers 5 gives the older key priority where a file holds both.
     rope = dict(keys.get("rope_scaling") or keys.get("rope_parameters") or {})
@@ -314,31 +452,15 @@ def _rope_parameters(keys: Mapping[str, Any]) -> dict[str, Any]:
     old_name = rope.pop("type", "default")
     rope.setdefault("rope_type", old_name)
     rope.setdefault("rope_theta", keys["rope_theta"])
-    _check_kinds({"rope_theta": rope["rope_theta"]})
+    if keys["model_type"] == "phi3" and rope["rope_type"] in ("su", "yarn"):  # its earlier names for it
+        rope["rope_type"] = "longrope"
+    part = rope.pop("partial_rotary_factor", keys.get("partial_rotary_factor", 1.0))
+    _check_kinds({"rope_theta": rope["rope_theta"], "partial_rotary_factor": part})
+    if rotates_a_part and part != 1.0:
+        rope["partial_rotary_factor"] = part
     if rope["rope_type"] in _LENGTH_SCALED_ROPE:
         first_length = keys.get("original_max_position_embeddings")
         if first_length is not None:
             rope["original_max_position_embeddings"] = first_length
         rope.setdefault("original_max_position_embeddings", keys["max_position_embeddings"])
     return rope
-
-
-def _window(keys: Mapping[str, Any], slides: list[bool]) -> dict[str, Any]:
-    """Sliding window and layer types of a Qwen model; `slides` counts when the file is silent."""
-    window = keys["sliding_window"] if keys["use_sliding_window"] else None
-    types = keys.get("layer_types")
-    if types is None:
-        types = ["sliding_attention" if window and slid else "full_attention" for slid in slides]
-    unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
-    if unknown:
-        raise ValueError(f"layer_types must hold 'full_attention' or 'sliding_attention', got {unknown[0]!r}")
-    if len(types) != keys["num_hidden_layers"]:
-        raise ValueError(
-            f"layer_types must have num_hidden_layers ({keys['num_hidden_layers']}) entries, got {len(types)}"
-        )
-    if "sliding_attention" not in types:
-        return {}
-    if not window:
-        raise ValueError("sliding_window must be set where layer_types holds 'sliding_attention', got none")
-    alike = "full_attention" not in types
-    return {"sliding_window": window, "layer_types": None if alike else tuple(types)}

@@ -69,6 +69,7 @@ class Checkpoint:
     files: tuple[str, ...]
     reader: "Callable[[Checkpoint], Reader] | None" = None
     adapter: "Checkpoint | None" = None
+    raw: "Checkpoint | None" = None  # of a view under other names: the source itself
 
     def open_rows(self) -> Reader:
         return RowReader(self) if self.reader is None else self.reader(self)

@@ -1,6 +1,7 @@
 """Tensor names: of a dense source, and of the router and experts in each target layout.
 
-The five dense families share one set of names; what differs (biases, norms) follows from their `ModelConfig`.
+Dense sources of all families are seen under one set of names, Llama's (`upcycle.stored` says how); what
+differs (biases, norms, gates) follows from their `ModelConfig`.
 """
 
 from dataclasses import dataclass
@@ -10,9 +11,8 @@ from moe_runtime.config import ModelConfig
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm"
 HEAD = "lm_head.weight"
-
-# Old checkpoints store this table, which every model computes for itself.
-IGNORED_SUFFIX = "rotary_emb.inv_freq"
+HEAD_BIAS = "lm_head.bias"
+HEAD_NORMS = ("q_norm.weight", "k_norm.weight")
 
 
 def layer(number: int) -> str:
@@ -47,8 +47,10 @@ def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes = {EMBEDDING: table, **_norm_shapes(FINAL_NORM, config)}
     if not config.tie_word_embeddings:
         shapes[HEAD] = table
+    if config.head_bias:
+        shapes[HEAD_BIAS] = (config.vocab_size,)
     for number in range(config.num_hidden_layers):
-        for norm in ("input_layernorm", "post_attention_layernorm")[: config.num_norms]:
+        for norm in config.block_config(number).norm_names:
             shapes |= _norm_shapes(f"{layer(number)}.{norm}", config)
         shapes |= _attention_shapes(f"{layer(number)}.self_attn", config)
         shapes |= _feed_forward_shapes(f"{layer(number)}.mlp", config)
@@ -72,17 +74,18 @@ def _attention_shapes(prefix: str, config: ModelConfig) -> dict[str, tuple[int, 
     for name in ("k_proj", "v_proj"):
         shapes |= _projection_shapes(f"{prefix}.{name}", kv_heads * P, D, config.attention_bias)
     shapes |= _projection_shapes(f"{prefix}.o_proj", D, heads * P, config.attention_output_bias)
-    if config.qk_norm == "rms_norm":  # Qwen3: one row for all heads
+    if config.qk_norm in ("rms_norm", "offset_rms_norm"):  # Qwen3, Gemma 3: one row for all heads
         shapes |= {f"{prefix}.q_norm.weight": (P,), f"{prefix}.k_norm.weight": (P,)}
-    elif config.qk_norm == "layer_norm":  # Cohere: one row per head
+    elif config.qk_norm is not None:  # Cohere, OLMo 2: one row per head
         shapes |= {f"{prefix}.q_norm.weight": (heads, P), f"{prefix}.k_norm.weight": (kv_heads, P)}
     return shapes
 
 
 def _feed_forward_shapes(prefix: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     D, F = config.hidden_size, config.intermediate_size
+    gate = _projection_shapes(f"{prefix}.gate_proj", F, D, config.mlp_bias) if config.gated_mlp else {}
     return {
-        **_projection_shapes(f"{prefix}.gate_proj", F, D, config.mlp_bias),
+        **gate,
         **_projection_shapes(f"{prefix}.up_proj", F, D, config.mlp_bias),
         **_projection_shapes(f"{prefix}.down_proj", D, F, config.mlp_bias),
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_runtime.config import ModelConfig
-from moe_runtime.families import DENSE_FAMILIES, KNOWN_FAMILIES, model_config
+from moe_runtime.families import DENSE_FAMILIES, KNOWN_FAMILIES, check_family, model_config
 from upcycle import (
     bam,
     branch_train_mix,
@@ -27,6 +27,7 @@ from upcycle.recipe import Recipe
 from upcycle.routers.file import check_routers, router_shapes
 from upcycle.sources import AdapterSource, open_source
 from upcycle.sources.moe import per_expert
+from upcycle.stored import StoredNames, stored_names, stored_shapes, under_our_names
 from upcycle.targets import EMPTY_SHARED_WIDTH, target_config_json
 from upcycle.tasks import Assignment, TensorTask
 
@@ -102,7 +103,11 @@ def make_plan_for(recipe: Recipe) -> UpcyclePlan:
     shapes = _mixture_shapes(recipe, base, dense) if is_mixture else names.dense_shapes(dense)
     for source, config in zip(sources, configs, strict=True):
         _check_same_model(base, dense, source, config)
-        _check_tensors(source, shapes)
+        stored = shapes if is_mixture else stored_shapes(source, config)
+        _check_tensors(source, stored, stored_names(source, config))
+    if not is_mixture:
+        sources = tuple(under_our_names(source, dense) for source in sources)
+        base = sources[paths.index(recipe.base)]
     _check_vocabularies(base, sources)
     _check_block(recipe, base, dense)
     model = method.describe(recipe, dense if is_mixture else _output_model(recipe, dense))
@@ -231,11 +236,8 @@ def _mixture_shapes(recipe: Recipe, source: Checkpoint, config: ModelConfig) -> 
 
 def _config_of_family(source: Checkpoint, families: Sequence[str]) -> ModelConfig:
     family = source.config_json.get("model_type")
-    if family not in families:
-        raise UpcycleError(
-            f"{source.folder}/config.json: model_type must be one of {', '.join(families)}, got {family!r}"
-        )
     try:
+        check_family(family, families)
         return model_config(source.config_json)
     except ValueError as error:
         raise UpcycleError(f"{source.folder}/config.json: {error}") from error
@@ -252,7 +254,7 @@ def _check_same_model(base: Checkpoint, dense: ModelConfig, source: Checkpoint, 
             )
 
 
-def _check_tensors(source: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
+def _check_tensors(source: Checkpoint, shapes: dict[str, tuple[int, ...]], stored: StoredNames) -> None:
     for name, shape in shapes.items():
         tensor = source.tensors.get(name)
         if tensor is None:
@@ -266,8 +268,9 @@ def _check_tensors(source: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> No
                 f"{source.folder}: tensor {name} must be of type {', '.join(TORCH_DTYPE)}, "
                 f"got {tensor.dtype}; de-quantise the checkpoint first"
             )
+    heads = [f"{head}.weight" for head in stored.heads]
     for name in source.tensors:
-        if name not in shapes and name != names.HEAD and not name.endswith(names.IGNORED_SUFFIX):
+        if name not in shapes and name not in heads and not name.endswith(stored.ignored):
             raise UpcycleError(
                 f"{source.folder}: tensor {name} has no place in a {source.config_json['model_type']} model; "
                 "merge or remove what was added to it"

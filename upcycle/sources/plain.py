@@ -16,6 +16,7 @@ from upcycle.tasks import Band, Piece, TensorTask
 @contextmanager
 def plain_folder(source: Checkpoint) -> Iterator[Path]:
     """The source's own folder if it is one of safetensors, else a copy that is, while the body runs."""
+    source = source.raw or source
     if source.reader is None and all(name.endswith(".safetensors") for name in source.files):
         yield source.folder
         return
