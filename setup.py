@@ -23,12 +23,14 @@ setup(
         "upcycle",
         "upcycle.sources",
         "upcycle.routers",
+        "upcycle.upit",
     ],
     package_dir={"moe_runtime_kernels": "kernels/moe_runtime_kernels"},
     package_data={
         "moe_runtime_kernels": ["py.typed"],
         "moe_runtime": ["py.typed"],
         "upcycle": ["py.typed", "recipes/*.yaml"],
+        "upcycle.upit": ["example.yaml"],
     },
     install_requires=[
         "numpy>=1.26",

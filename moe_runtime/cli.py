@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from upcycle.cli import upcycle_command, verify_command
+from upcycle.upit.cli import upit_command
 
 from .config import ModelConfig
 from .demo.cli import demo_command
@@ -199,6 +200,7 @@ app.command("profile", epilog="Example: moe-runtime profile runs/copy --html")(p
 app.command("upcycle", epilog="Example: moe-runtime upcycle upcycle/recipes/btx.yaml --dry-run")(
     upcycle_command
 )
+app.command("upit", epilog="Example: moe-runtime upit upcycle/upit/example.yaml --dry-run")(upit_command)
 app.command("verify", epilog="Example: moe-runtime verify runs/btx --json")(verify_command)
 
 
