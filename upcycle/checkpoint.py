@@ -59,8 +59,9 @@ class Reader(Protocol):
 class Checkpoint:
     """A model's configuration and where its tensors lie; headers have been checked, weights not read.
 
-    `folder` holds config.json, tokenizer and `files`. What `tensors` says of a tensor, its type above all, is
-    what `open_rows` gives; only of `reader` None does it lie there as such. `adapter` is what that is put on.
+    `folder` holds config.json, tokenizer and `files`. What `tensors` says is what `open_rows` gives; without
+    a `reader` it also lies there as such. `adapter` is what is put on the folder's model, and `file` the one
+    file that takes the place of config.json and tokenizer too.
     """
 
     folder: Path
@@ -69,7 +70,13 @@ class Checkpoint:
     files: tuple[str, ...]
     reader: "Callable[[Checkpoint], Reader] | None" = None
     adapter: "Checkpoint | None" = None
+    file: str | None = None
     raw: "Checkpoint | None" = None  # of a view under other names: the source itself
+
+    @property
+    def location(self) -> Path:
+        """What opens it again."""
+        return self.folder / self.file if self.file else self.folder
 
     def open_rows(self) -> Reader:
         return RowReader(self) if self.reader is None else self.reader(self)
@@ -273,15 +280,22 @@ class RowReader:
         if tensor.file not in self._files:
             self._files[tensor.file] = open_regular(path)
         values = np.empty((count, width), storage)
-        file = self._files[tensor.file]
-        file.seek(tensor.start + first * width * storage.itemsize)
-        left = values.reshape(-1).view(np.uint8).data
-        while left:
-            got = file.readinto(left)
-            if not got:
-                raise UpcycleError(f"{path} became shorter while tensor {name} was read; fetch it again")
-            left = left[got:]
+        start = tensor.start + first * width * storage.itemsize
+        if not read_into(self._files[tensor.file], start, values):
+            raise UpcycleError(f"{path} became shorter while tensor {name} was read; fetch it again")
         return values
+
+
+def read_into(file: FileIO, start: int, values: NDArray) -> bool:
+    """Fill an array with a file's bytes from `start` on; False if the file ends before."""
+    file.seek(start)
+    left = values.reshape(-1).view(np.uint8).data
+    while left:
+        got = file.readinto(left)
+        if not got:
+            return False
+        left = left[got:]
+    return True
 
 
 # --- writing ---
@@ -349,15 +363,17 @@ def write_shard(
 ) -> None:
     """Write a file from the bytes of its tensors in order, and hand it to the disk.
 
-    `advance` is called with the number of bytes after every piece.
+    It has its name when it is whole. `advance` is called with the number of bytes after every piece.
     """
-    with path.open("wb", buffering=0) as file:
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb", buffering=0) as file:
         _write_all(file, shard.header())
         for chunk in chunks:
             _write_all(file, np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
             advance(chunk.nbytes)
         os.fsync(file.fileno())
-    path.chmod(0o644)
+    part.chmod(0o644)
+    os.replace(part, path)
 
 
 def _write_all(file: FileIO, data: bytes | memoryview) -> None:

@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +15,9 @@ import yaml
 
 from moe_runtime.publishing import AUTO_MAP, published_files
 from upcycle.checkpoint import Checkpoint
+from upcycle.errors import UpcycleError
 from upcycle.plan import UpcyclePlan
+from upcycle.sources import AdapterSource, open_source
 from upcycle.tasks import Scale
 
 RECORD_NAME = "upcycle.json"
@@ -49,21 +52,21 @@ _ROUTERS = {
 }
 
 
-def hash_file(path: Path) -> str:
+def hash_file(path: Path, advance: Callable[[int], object] = lambda _: None) -> str:
+    """sha256 of a file; `advance` is called with the number of bytes after every block."""
     digest = sha256()
     with path.open("rb") as file:
         while block := file.read(_HASH_BLOCK):
             digest.update(block)
+            advance(len(block))
     return digest.hexdigest()
 
 
-def record(
-    plan: UpcyclePlan, hashes: dict[str, dict[str, str]], routers: dict[str, Any] | None
-) -> dict[str, Any]:
+def record(plan: UpcyclePlan, hashes: Mapping[Path, str], routers: dict[str, Any] | None) -> dict[str, Any]:
     """The content of upcycle.json. The same run gives the same text: no times, no output path.
 
     Args:
-        hashes: sha256 of each weight file, by source folder and file name.
+        hashes: sha256 of each weight file.
         routers: where the routers' weights come from, if they are not drawn.
     """
     recipe = plan.recipe.to_dict()
@@ -73,14 +76,7 @@ def record(
         "recipe": recipe,
         "seed": plan.recipe.router.seed,
         **({"routers": routers} if routers is not None else {}),
-        "sources": [
-            {
-                "path": str(source.folder.resolve()),
-                "model_type": source.config_json["model_type"],
-                "files": hashes[str(source.folder)],
-            }
-            for source in plan.sources
-        ],
+        "sources": [_source_record(source, hashes) for source in plan.sources],
         "base": plan.sources.index(plan.base),
         "assignment": {
             "feed_forward": list(plan.assignment.feed_forward),
@@ -103,8 +99,47 @@ def record(
     }
 
 
+def _source_record(source: Checkpoint, hashes: Mapping[Path, str]) -> dict[str, Any]:
+    entry = {
+        "path": str(source.location.resolve()),
+        "model_type": source.config_json["model_type"],
+        "files": {name: hashes[source.folder / name] for name in source.files},
+    }
+    if source.adapter is not None:
+        folder = source.adapter.folder
+        files = {name: hashes[folder / name] for name in source.adapter.files}
+        entry["adapter"] = {"path": str(folder.resolve()), "files": files}
+    return entry
+
+
+def recorded_hashes(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of the weights of a source of upcycle.json, and of the adapter on it; equal for equal models."""
+    of_adapter = sorted(entry["adapter"]["files"].values()) if "adapter" in entry else []
+    return (*sorted(entry["files"].values()), *of_adapter)
+
+
+def open_recorded(entry: Mapping[str, Any], output: Path) -> Checkpoint:
+    """A source of upcycle.json, as it was when the output was made from it.
+
+    Raises:
+        UpcycleError: one of its files is gone or has changed.
+        KeyError, TypeError, AttributeError: this is no entry of such a file.
+    """
+    path, hashes = entry["path"], dict(entry["files"])
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    expected = {folder / name: value for name, value in hashes.items()}
+    adapter = entry.get("adapter")
+    if adapter is not None:
+        expected |= {Path(adapter["path"]) / name: value for name, value in adapter["files"].items()}
+    source = open_source(path if adapter is None else AdapterSource(path, adapter["path"]))
+    for file, value in expected.items():
+        if not file.is_file() or hash_file(file) != value:
+            raise UpcycleError(f"{file} has changed since {output} was made from it")
+    return source
+
+
 def write_side_files(
-    folder: Path, plan: UpcyclePlan, hashes: dict[str, dict[str, str]], routers: dict[str, Any] | None
+    folder: Path, plan: UpcyclePlan, hashes: Mapping[Path, str], routers: dict[str, Any] | None
 ) -> None:
     """Everything but the weights and their index."""
     config_json = dict(plan.config_json)
@@ -115,7 +150,17 @@ def write_side_files(
     write_json(folder / "config.json", config_json)
     write_json(folder / RECORD_NAME, record(plan, hashes, routers))
     write_text(folder / "README.md", model_card(plan))
-    copy_side_files(plan.base.folder, folder)
+    if plan.base.file is None:
+        copy_side_files(plan.base.folder, folder)
+    else:
+        _write_gguf_tokenizer(plan.base.location, folder)
+
+
+def _write_gguf_tokenizer(path: Path, folder: Path) -> None:
+    from moe_runtime.hf.gguf_source import save_gguf_tokenizer
+
+    for file in save_gguf_tokenizer(path, folder):
+        _finish(file)
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
@@ -201,9 +246,11 @@ def _finish(path: Path) -> None:
 
 
 def _model_name(source: Checkpoint) -> str:
-    """The name it was published under, where its config.json has one; else that of its folder."""
+    """The name it was published under, where its config.json has one; else that of its file or folder."""
+    if source.adapter is not None:
+        return source.adapter.folder.resolve().name
     name = source.config_json.get("_name_or_path")
-    return name if name and not Path(name).is_absolute() else source.folder.resolve().name
+    return name if name and not Path(name).is_absolute() else source.location.resolve().name
 
 
 def _version(package: str) -> str | None:

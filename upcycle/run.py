@@ -1,15 +1,21 @@
 """Execute a plan: stream every tensor into a folder beside the output, then rename it.
 
-Whatever happens on the way, the output's name holds a whole model or nothing.
+Whatever happens on the way, the output's name holds a whole model or nothing. A run that is interrupted or
+killed leaves its finished files in the folder, and the same run goes on behind them.
 """
 
 import errno
+import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +33,9 @@ from upcycle import names
 from upcycle.checkpoint import INDEX_NAME, Reader, Shard, index_json, make_shards, write_shard
 from upcycle.errors import UpcycleError
 from upcycle.plan import UpcyclePlan, make_plan_for
-from upcycle.provenance import hash_file, write_json, write_side_files
+from upcycle.provenance import hash_file, write_json, write_side_files, write_text
 from upcycle.recipe import Recipe, load_recipe, parse_size
-from upcycle.routers.compute import open_routers
+from upcycle.routers.compute import RouterWeights, open_routers
 from upcycle.stream import are_equal, chunks
 
 try:
@@ -40,6 +46,7 @@ except ImportError:  # Windows: two runs into one output at once are then not no
 # Room for everything that is no weight: configuration, tokenizer, card.
 _SIDE_FILES_BYTES = 100 * 10**6
 _LOCK_NAME = ".lock"
+_RUN_NAME = ".run"
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,8 @@ def upcycle(recipe: Recipe | str | Path, *, dry_run: bool = False) -> UpcycleRes
     shards = make_shards(plan.tasks, parse_size(recipe.max_shard_size))
     if not dry_run:
         _check_disk(output, plan.num_bytes)
-        with working_folder(output) as folder:
-            _write(folder, plan, shards)
+        with open_routers(plan) as routers, working_folder(output, resumable=True) as folder:
+            _write(folder, plan, shards, routers)
     files = tuple(shard.name for shard in shards)
     return UpcycleResult(output, plan, files, dry_run, time.monotonic() - start)
 
@@ -101,10 +108,8 @@ def _check_free(output: Path) -> None:
 
 
 def _check_disk(output: Path, num_bytes: int) -> None:
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    parent = existing_parent(output)
+    free = shutil.disk_usage(parent).free + _num_bytes(_incomplete(output))
     if free < num_bytes + _SIDE_FILES_BYTES:
         raise UpcycleError(
             f"{output} needs {num_bytes / 1e9:.2f} GB on disk, but {parent} has {free / 1e9:.2f} GB free; "
@@ -112,13 +117,32 @@ def _check_disk(output: Path, num_bytes: int) -> None:
         )
 
 
+def existing_parent(output: Path) -> Path:
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
+
+
+def _num_bytes(folder: Path) -> int:
+    """Of what an earlier run left, which this one goes on with or removes."""
+    return sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
+
+
 # --- the folder that becomes the output ---
 
 
+def _incomplete(output: Path) -> Path:
+    return output.with_name(f".{output.name}.incomplete")
+
+
 @contextmanager
-def working_folder(output: Path) -> Iterator[Path]:
-    """A folder beside the output, renamed to it when the body ends and removed when the body fails."""
-    folder = output.with_name(f".{output.name}.incomplete")
+def working_folder(output: Path, *, resumable: bool = False) -> Iterator[Path]:
+    """A folder beside the output, renamed to it when the body ends and removed when the body fails.
+
+    A `resumable` one begins with what an earlier run left there, and stays when the body is interrupted.
+    """
+    folder = _incomplete(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(exist_ok=True)
@@ -126,23 +150,28 @@ def working_folder(output: Path) -> Iterator[Path]:
     except OSError as error:
         raise UpcycleError(f"{output} cannot be written: {error.strerror}: {error.filename}") from error
     try:
-        # What a killed run left behind.
-        for path in folder.iterdir():
-            if path.name != _LOCK_NAME:
-                path.unlink()
+        if not resumable:
+            _empty(folder)
         yield folder
         _check_free(output)
         folder.rename(output)
-        # Not before: a run that starts in between would take the folder for a killed run's and empty it.
+        # Not before: a run that starts in between would take the folder for a killed run's.
         (output / _LOCK_NAME).unlink(missing_ok=True)
         _sync_folder(output.parent)
     except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, Exception) or not resumable:
+            shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError):
             raise _as_upcycle_error(error, output) from error
         raise
     finally:
         release()
+
+
+def _empty(folder: Path, keep: frozenset[str] = frozenset()) -> None:
+    for path in folder.iterdir():
+        if path.name not in keep | {_LOCK_NAME}:
+            path.unlink()
 
 
 def _lock(folder: Path, output: Path) -> Callable[[], None]:
@@ -182,25 +211,53 @@ def _as_upcycle_error(error: OSError, output: Path) -> UpcycleError:
 # --- writing ---
 
 
-def _write(folder: Path, plan: UpcyclePlan, shards: tuple[Shard, ...]) -> None:
+def _write(folder: Path, plan: UpcyclePlan, shards: tuple[Shard, ...], routers: RouterWeights | None) -> None:
+    run = _identity(plan, shards, routers)
+    finished = _finished(folder, shards, run)
+    _empty(folder, keep=finished)
+    write_text(folder / _RUN_NAME, run)
     with ExitStack() as stack:
-        routers = stack.enter_context(open_routers(plan))
         progress = stack.enter_context(_progress())
         readers = [stack.enter_context(source.open_rows()) for source in plan.sources]
         for reader in readers:
             _check_tied_head(plan, reader)
         if routers is not None:
             readers.append(stack.enter_context(routers.checkpoint.open_rows()))
-        hashes = _hash_sources(plan, progress)
+        hashes = stack.enter_context(_hashing(plan, progress))
         writing = progress.add_task(f"Writing {plan.recipe.output}", total=plan.num_bytes)
         for shard in shards:
+            if shard.name in finished:
+                progress.advance(writing, shard.num_bytes)
+                continue
             pieces = (chunk for task in shard.tasks for chunk in chunks(task, readers))
             write_shard(
                 folder / shard.name, shard, pieces, lambda num_bytes: progress.advance(writing, num_bytes)
             )
         if len(shards) > 1:
             write_json(folder / INDEX_NAME, index_json(shards))
-        write_side_files(folder, plan, hashes, routers.record if routers is not None else None)
+        write_side_files(folder, plan, hashes(), routers.record if routers is not None else None)
+    (folder / _RUN_NAME).unlink()
+
+
+def _identity(plan: UpcyclePlan, shards: tuple[Shard, ...], routers: RouterWeights | None) -> str:
+    """A text that is equal for runs whose files are equal, as far as sizes and times of the sources tell."""
+    digest = sha256()
+    for path in _source_files(plan):
+        state = path.stat()
+        digest.update(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}\n".encode())
+    router_record = routers.record if routers is not None else None
+    for part in (*shards, json.dumps(router_record), metadata.version("numpy")):
+        digest.update(repr(part).encode())
+    return digest.hexdigest()
+
+
+def _finished(folder: Path, shards: tuple[Shard, ...], run: str) -> frozenset[str]:
+    """Files that an earlier run of this identity left whole: a file gets its name when it is on the disk."""
+    left = folder / _RUN_NAME
+    if not left.is_file() or left.read_text(encoding="utf-8") != run:
+        return frozenset()
+    sizes = {shard.name: len(shard.header()) + shard.num_bytes for shard in shards}
+    return frozenset(path.name for path in folder.iterdir() if sizes.get(path.name) == path.stat().st_size)
 
 
 def _check_tied_head(plan: UpcyclePlan, reader: Reader) -> None:
@@ -215,17 +272,31 @@ def _check_tied_head(plan: UpcyclePlan, reader: Reader) -> None:
         )
 
 
-def _hash_sources(plan: UpcyclePlan, progress: Progress) -> dict[str, dict[str, str]]:
-    paths = [source.folder / name for source in plan.sources for name in source.files]
-    hashing = progress.add_task("Reading the sources", total=sum(path.stat().st_size for path in paths))
-    hashes: dict[str, dict[str, str]] = {}
-    for source in plan.sources:
-        of_source = hashes.setdefault(str(source.folder), {})
-        for name in source.files:
-            if name not in of_source:
-                of_source[name] = hash_file(source.folder / name)
-            progress.advance(hashing, (source.folder / name).stat().st_size)
-    return hashes
+def _source_files(plan: UpcyclePlan) -> tuple[Path, ...]:
+    """All weight files, each once."""
+    read_from = [source for source in plan.sources]
+    read_from += [source.adapter for source in plan.sources if source.adapter is not None]
+    return tuple(dict.fromkeys(source.folder / name for source in read_from for name in source.files))
+
+
+@contextmanager
+def _hashing(plan: UpcyclePlan, progress: Progress) -> Iterator[Callable[[], dict[Path, str]]]:
+    """Hash the sources beside what the body does; the yielded function waits for the sha256 of each file."""
+    paths = _source_files(plan)
+    reading = progress.add_task("Reading the sources", total=sum(path.stat().st_size for path in paths))
+    left = threading.Event()
+
+    def advance(num_bytes: int) -> None:
+        if left.is_set():
+            raise InterruptedError
+        progress.advance(reading, num_bytes)
+
+    with ThreadPoolExecutor(1) as pool:
+        hashes = pool.submit(lambda: {path: hash_file(path, advance) for path in paths})
+        try:
+            yield hashes.result
+        finally:
+            left.set()
 
 
 def _progress() -> Progress:

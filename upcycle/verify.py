@@ -12,8 +12,8 @@ from upcycle.checkpoint import open_checkpoint, read_json
 from upcycle.errors import UpcycleError
 from upcycle.method_sections import SECTIONS
 from upcycle.plan import TORCH_DTYPE
-from upcycle.provenance import RECORD_NAME, hash_file
-from upcycle.sources import open_source, plain_folder
+from upcycle.provenance import RECORD_NAME, open_recorded, recorded_hashes
+from upcycle.sources import plain_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,15 +92,10 @@ def verify(path: str | Path) -> Verification:
     model = model_config(output.config_json)
     try:
         reasons = differences(record, model)
-        source = record["sources"][record["base"]]
-        method, base_path, hashes = record["method"], source["path"], source["files"]
+        method = record["method"]
+        base = open_recorded(record["sources"][record["base"]], folder)
     except (KeyError, IndexError, TypeError, AttributeError):
         raise UpcycleError(f"{folder / RECORD_NAME} is damaged; run the recipe again") from None
-    base = open_source(base_path)
-    for name, expected in hashes.items():
-        file = base.folder / name
-        if not file.is_file() or hash_file(file) != expected:
-            raise UpcycleError(f"{file} has changed since {folder} was made from it")
     dtype = next(
         tensor.dtype for name, tensor in output.tensors.items() if name.endswith("embed_tokens.weight")
     )
@@ -110,7 +105,7 @@ def verify(path: str | Path) -> Verification:
     logits, logits_equal_gates, logits_exact = _logits(folder, tokens, "F32")
     return Verification(
         path=str(folder),
-        base=str(base.folder),
+        base=str(base.location),
         method=method,
         target=output.config_json["model_type"],
         max_abs_diff=(logits - expected).abs().max().item(),
@@ -138,7 +133,7 @@ def differences(record: dict[str, Any], model: ModelConfig) -> tuple[str, ...]:
         *assignment["rest"],
         record["base"],
     }
-    if len({tuple(sorted(record["sources"][number]["files"].values())) for number in used}) > 1:
+    if len({recorded_hashes(record["sources"][number]) for number in used}) > 1:
         reasons.append("the sources differ")
     all_chosen = model.num_experts_per_tok == model.num_experts and model.router_score == "softmax"
     # The experts of method shared_expert add nothing, and replicate keeps the gates.

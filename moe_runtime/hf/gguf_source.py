@@ -10,6 +10,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from .quiet import quiet_transformers
 
 
+def save_gguf_tokenizer(source: Path, output: Path) -> list[Path]:
+    """Write the tokenizer of a GGUF file to a folder; returns the files."""
+    before = set(output.iterdir())
+    # one of transformers' progress bars heeds no setting
+    with quiet_transformers(), redirect_stderr(io.StringIO()):
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
+        tokenizer.save_pretrained(output)
+    return sorted(set(output.iterdir()) - before)
+
+
 def convert_gguf(source: Path, output: Path) -> None:
     """Write the model and tokenizer of a GGUF file to a folder, de-quantized to bfloat16.
 

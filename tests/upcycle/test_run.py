@@ -1,5 +1,6 @@
 """A run ends with a whole model under its name, or with one sentence and nothing."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -102,7 +103,8 @@ def test_every_file_and_at_last_the_name_is_flushed_to_the_disk(dense, tmp_path,
     monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.readlink(f"/proc/self/fd/{file}")))
     output = upcycle.upcycle(copy_recipe(dense("llama"), tmp_path, max_shard_size="40KB")).output
     *files, parent = flushed
-    assert sorted(os.path.basename(file) for file in files) == sorted(path.name for path in output.iterdir())
+    written = {os.path.basename(file).removesuffix(".part") for file in files} - {".run"}
+    assert written == {path.name for path in output.iterdir()}
     assert parent == str(tmp_path)
 
 
@@ -221,17 +223,6 @@ def test_a_disk_that_fails_in_the_middle_leaves_nothing(error, message, dense, t
     assert contents(folder) == before
 
 
-def test_an_interrupted_run_leaves_nothing(dense, tmp_path, monkeypatch):
-    def interrupt(folder, plan, hashes, routers):
-        assert list(folder.glob("*.safetensors"))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(RUN, "write_side_files", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        upcycle.upcycle(copy_recipe(dense("llama"), tmp_path))
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_an_output_that_appears_during_the_run_is_left_alone(dense, tmp_path, monkeypatch):
     real = RUN.write_side_files
 
@@ -262,6 +253,105 @@ def test_the_folder_is_held_until_it_has_its_name(dense, tmp_path, monkeypatch):
     assert ".lock" not in {path.name for path in output.iterdir()}
 
 
+# --- a run that goes on ---
+
+
+def written_files(monkeypatch):
+    """Names of the weight files that are written from now on."""
+    real, names = RUN.write_shard, []
+
+    def write_shard(path, *arguments):
+        names.append(path.name)
+        real(path, *arguments)
+
+    monkeypatch.setattr(RUN, "write_shard", write_shard)
+    return names
+
+
+def interrupt_after(shards, recipe, monkeypatch):
+    """Runs the recipe, and presses Ctrl-C while it writes the file after so many."""
+    real, left = CHECKPOINT._write_all, []
+
+    def write_all(file, data):
+        real(file, data)
+        left.append(os.path.basename(file.name))
+        if len(set(left)) > shards and left.count(left[-1]) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CHECKPOINT, "_write_all", write_all)
+        with pytest.raises(KeyboardInterrupt):
+            upcycle.upcycle(recipe)
+
+
+def many_shards(folder, tmp_path, **values):
+    return copy_recipe(folder, tmp_path, max_shard_size="40KB", **values)
+
+
+def test_an_interrupted_run_goes_on_behind_its_last_whole_file(dense, tmp_path, monkeypatch):
+    recipe = many_shards(dense("llama"), tmp_path)
+    whole = contents(
+        upcycle.upcycle(many_shards(dense("llama"), tmp_path, output=str(tmp_path / "b"))).output
+    )
+    interrupt_after(2, recipe, monkeypatch)
+    incomplete = tmp_path / ".out.incomplete"
+    assert not (tmp_path / "out").exists()
+    left = sorted(path.name for path in incomplete.glob("*.safetensors"))
+    assert left == [name for name in sorted(whole) if name.endswith(".safetensors")][:2]
+    assert list(incomplete.glob("*.part"))
+    names = written_files(monkeypatch)
+    result = upcycle.upcycle(recipe)
+    assert names == list(result.files)[2:]
+    assert contents(result.output) == whole
+    assert not incomplete.exists()
+
+
+def change_seed(recipe, source, incomplete):
+    return dataclasses.replace(recipe, router=dataclasses.replace(recipe.router, seed=1))
+
+
+def touch_a_source(recipe, source, incomplete):
+    os.utime(source / "model-00001-of-00005.safetensors")
+    return recipe
+
+
+def cut_a_file(recipe, source, incomplete):
+    path = sorted(incomplete.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    return recipe
+
+
+def forget_the_run(recipe, source, incomplete):
+    (incomplete / ".run").unlink()
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"), [(change_seed, 0), (touch_a_source, 0), (forget_the_run, 0), (cut_a_file, 1)]
+)
+def test_another_run_uses_nothing_that_is_left(change, kept, dense_copy, tmp_path, monkeypatch):
+    source = dense_copy()
+    recipe = many_shards(source, tmp_path)
+    interrupt_after(2, recipe, monkeypatch)
+    recipe = change(recipe, source, tmp_path / ".out.incomplete")
+    names = written_files(monkeypatch)
+    result = upcycle.upcycle(recipe)
+    assert len(names) == len(result.files) - kept
+    fresh = upcycle.upcycle(dataclasses.replace(recipe, output=str(tmp_path / "fresh")))
+    assert contents(result.output) == contents(fresh.output)
+
+
+def test_a_run_that_fails_when_it_goes_on_leaves_nothing(dense_copy, tmp_path, monkeypatch):
+    source = dense_copy()
+    recipe = many_shards(source, tmp_path)
+    interrupt_after(2, recipe, monkeypatch)
+    path = sorted(source.glob("*.safetensors"))[-1]
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UpcycleError, match="is truncated or damaged"):
+        upcycle.upcycle(recipe)
+    assert not (tmp_path / "out").exists()
+
+
 STOPS_AFTER_A_SHARD = """
 import sys, time, upcycle
 run = sys.modules["upcycle.run"]
@@ -275,9 +365,9 @@ upcycle.upcycle(sys.argv[1])
 """
 
 
-def test_a_killed_run_leaves_no_output_and_the_next_one_works(dense, tmp_path):
+def test_a_killed_run_leaves_no_output_and_the_next_one_goes_on(dense, tmp_path, monkeypatch):
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(copy_recipe(dense("llama"), tmp_path, max_shard_size="40KB").to_dict()))
+    path.write_text(yaml.safe_dump(many_shards(dense("llama"), tmp_path).to_dict()))
     child = subprocess.Popen(
         [sys.executable, "-c", STOPS_AFTER_A_SHARD, str(path)], stdout=subprocess.PIPE, text=True
     )
@@ -291,8 +381,10 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_works(dense, tmp_path):
         child.stdout.close()
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.incomplete").is_dir()
-    (tmp_path / ".out.incomplete" / "model-00001-of-00099.safetensors").write_text("of a killed run")
+    (tmp_path / ".out.incomplete" / "model-00001-of-00099.safetensors").write_text("of another run")
+    names = written_files(monkeypatch)
     result = upcycle.upcycle(path)
+    assert names == list(result.files)[1:]
     assert not (tmp_path / ".out.incomplete").exists()
     assert {path.name for path in result.output.glob("*.safetensors")} == set(result.files)
     assert upcycle.verify(result.output).passed

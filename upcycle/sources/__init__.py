@@ -5,6 +5,7 @@ from pathlib import Path
 from upcycle.checkpoint import Checkpoint, files_of, open_checkpoint, read_json, read_tensors
 from upcycle.errors import UpcycleError
 from upcycle.sources.adapter import ADAPTER_CONFIG, AdapterSource, open_adapter, read_adapter_config
+from upcycle.sources.gguf_file import open_gguf
 from upcycle.sources.plain import plain_folder
 from upcycle.sources.pytorch import SINGLE_BIN, read_pickled
 
@@ -15,8 +16,9 @@ def open_source(spec: str | Path | AdapterSource) -> Checkpoint:
     """Read the configuration and all headers of a source; weights are not read.
 
     Args:
-        spec: a folder with config.json and weights as safetensors or, where there are none, PyTorch files; or
-            a folder of a LoRA adapter whose adapter_config.json names a base that is a folder here.
+        spec: a folder with config.json and weights as safetensors or, where there are none, PyTorch files; a
+            GGUF file; a folder of a LoRA adapter whose adapter_config.json names a base that is a folder
+            here, or of an expert of UpIT.
 
     Raises:
         UpcycleError: a file is missing or damaged, or holds what is not opened.
@@ -24,6 +26,12 @@ def open_source(spec: str | Path | AdapterSource) -> Checkpoint:
     if isinstance(spec, AdapterSource):
         return open_adapter(open_source(spec.base), Path(spec.adapter).expanduser())
     folder = Path(spec).expanduser()
+    if folder.suffix == ".gguf" and not folder.is_dir():
+        return open_gguf(folder)
+    if (folder / "expert.json").is_file():
+        from upcycle.upit.expert import open_expert
+
+        return open_expert(folder)
     if (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
         return open_adapter(open_source(_declared_base(folder)), folder)
     if (folder / "config.json").exists() and not any(folder.glob("model.safetensors*")):

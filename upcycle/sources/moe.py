@@ -47,8 +47,11 @@ def per_expert(checkpoint: Checkpoint) -> Checkpoint:
     names.
 
     Raises:
-        UpcycleError: two tensors of the file would get one name, or a stack has no such shape.
+        UpcycleError: two tensors of the file would get one name, a stack has no such shape, or the
+            checkpoint is not read as it is stored.
     """
+    if checkpoint.reader is not None:
+        raise UpcycleError(f"{checkpoint.location}: a mixture must be a folder of its own weights")
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in checkpoint.tensors.items():
         for new_name, view in _views(checkpoint, name, tensor):

@@ -1,6 +1,6 @@
 """A source as a folder of safetensors, for programs that read nothing else."""
 
-import shutil
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +23,7 @@ def plain_folder(source: Checkpoint) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="upcycle-") as name:
         folder = Path(name)
         _write_tensors(source, folder / SINGLE_NAME)
-        if (source.folder / "config.json").is_file():
-            shutil.copyfile(source.folder / "config.json", folder / "config.json")
+        (folder / "config.json").write_text(json.dumps(source.config_json), encoding="utf-8")
         yield folder
 
 
