@@ -1,13 +1,10 @@
 """Recipes: what to upcycle, from what, into what. Frozen, checked when built, read from YAML."""
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
-
-import yaml
 
 from moe_runtime.config import BlockKind, Gate, KeyValue, Score
 from upcycle.errors import RecipeError
@@ -21,10 +18,11 @@ from upcycle.method_sections import (
     SharedExpertRecipe,
 )
 from upcycle.recipe_checks import check_choice, check_type
+from upcycle.recipe_file import build, read_yaml
 from upcycle.sources import AdapterSource
 
 Method = Literal["copy", "btx", "bam", "noise", "drop", "granular", "shared_expert", "replicate", "upit"]
-TargetName = Literal["moe_runtime", "mixtral", "qwen2_moe", "qwen3_moe"]
+TargetName = Literal["moe_runtime", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "granitemoe"]
 NonExpert = Literal["mean", "base"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 RouterInit = Literal["normal", "orthogonal", "file", "centroid", "ridge"]
@@ -350,18 +348,7 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         RecipeError: the file is missing or no YAML, a key is unknown, or a value is not allowed.
     """
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: there is no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: the recipe cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: the recipe is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, Mapping):
-        raise RecipeError(f"{path}: a recipe must be a list of 'key: value' lines")
-    return recipe_from_dict(values, where=str(path))
+    return recipe_from_dict(read_yaml(path), where=str(path))
 
 
 def recipe_from_dict(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
@@ -370,10 +357,7 @@ def recipe_from_dict(values: Mapping[str, Any], *, where: str = "recipe") -> Rec
     Raises:
         RecipeError: a key is unknown or missing, or a value is not allowed.
     """
-    try:
-        return _build(Recipe, values, "")
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {error}") from None
+    return build(Recipe, values, where)
 
 
 def parse_size(text: str) -> int:
@@ -385,43 +369,6 @@ def parse_size(text: str) -> int:
             f"max_shard_size must be a whole number with a unit, such as 5GB or 500MB, got {text!r}"
         )
     return int(digits) * _SIZE_UNITS[unit]
-
-
-def _build(kind: type, values: Mapping[str, Any], section: str) -> Any:
-    known = {f.name: f for f in fields(kind)}
-    under = f" under {section!r}" if section else ""
-    for name in values:
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"
-            raise RecipeError(f"unknown key {name!r}{under}{hint}")
-    for name, f in known.items():
-        if f.default is MISSING and f.default_factory is MISSING and name not in values:
-            raise RecipeError(f"key {name!r} is missing{under}")
-    built = {}
-    for name, value in values.items():
-        section_kind = {"router": RouterRecipe, "attention": AttentionRecipe, **SECTIONS}.get(name)
-        if name == "layers" and isinstance(value, Mapping):
-            section_kind = LayersRecipe
-        if section_kind is not None:
-            if value is None:  # a section whose lines are all commented out
-                continue
-            if not isinstance(value, Mapping):
-                raise RecipeError(f"{name} must be a section of 'key: value' lines, got {value!r}")
-            value = _build(section_kind, value, name)
-        built[name] = _source(value, name) if name in ("base", "sources") else _frozen(value)
-    return kind(**built)
-
-
-def _frozen(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _source(value: object, name: str) -> object:
-    """A source or several; a section of 'base' and 'adapter' is an adapter on a base."""
-    if isinstance(value, list):
-        return tuple(_source(v, name) for v in value)
-    return _build(AdapterSource, value, name) if isinstance(value, Mapping) else value
 
 
 def _check_source(name: str, source: object) -> None:

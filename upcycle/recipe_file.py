@@ -1,8 +1,8 @@
-"""From a YAML file to a frozen dataclass: an unknown key is an error, a field that is a dataclass is a section."""
+"""From a YAML file to a frozen dataclass: unknown keys are errors, dataclass fields are sections."""
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -57,19 +57,28 @@ def _build(kind: type, values: Mapping[str, Any], section: str) -> Any:
             raise RecipeError(f"key {name!r} is missing{under}")
     built = {}
     for name, value in values.items():
-        section_kind, others = _section_kind(known[name])
+        section_kind, others = _section_kind(known[name].type)
         if section_kind is not None and value is None:  # a section whose lines are all commented out
             continue
-        if section_kind is not None and isinstance(value, Mapping):
-            value = _build(section_kind, value, name)
-        elif section_kind is not None and not others:
-            raise RecipeError(f"{name} must be a section of 'key: value' lines, got {value!r}")
-        built[name] = tuple(value) if isinstance(value, list) else value
+        built[name] = _value(name, value, section_kind, others)
     return kind(**built)
 
 
-def _section_kind(f: Field) -> tuple[type | None, bool]:
-    """The dataclass that a field holds, if any, and whether it may hold something else but None."""
-    kinds = get_args(f.type) or (f.type,)
-    section = next((kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)), None)
-    return section, any(kind not in (section, NoneType) for kind in kinds)
+def _value(name: str, value: object, section_kind: type | None, others: bool) -> object:
+    if section_kind is not None and isinstance(value, Mapping):
+        return _build(section_kind, value, name)
+    if section_kind is not None and not others:
+        raise RecipeError(f"{name} must be a section of 'key: value' lines, got {value!r}")
+    if isinstance(value, list):
+        return tuple(_value(name, element, section_kind, others) for element in value)
+    return value
+
+
+def _section_kind(annotation: Any) -> tuple[type | None, bool]:
+    """The dataclass that a field or its elements hold, if any; whether it may hold more than that and None."""
+    kinds = get_args(annotation) or (annotation,)
+    for kind in kinds:
+        if isinstance(kind, type) and is_dataclass(kind):
+            return kind, any(other not in (kind, NoneType) for other in kinds)
+    nested = (_section_kind(kind)[0] for kind in kinds if get_args(kind))
+    return next((kind for kind in nested if kind is not None), None), True

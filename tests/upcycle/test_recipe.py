@@ -93,7 +93,7 @@ WRONG = [
         id="method",
     ),
     pytest.param(
-        {**COPY, "target": "olmoe"}, "target must be one of .*'mixtral'.*, got 'olmoe'", id="target"
+        {**COPY, "target": "llama"}, "target must be one of .*'mixtral'.*, got 'llama'", id="target"
     ),
     pytest.param({**COPY, "dtype": "int8"}, "dtype must be one of .*, got 'int8'", id="dtype"),
     pytest.param({**COPY, "output": ""}, "output must name the folder", id="no-output"),
