@@ -75,7 +75,7 @@ def _value(name: str, value: object, section_kind: type | None, others: bool) ->
 
 
 def _section_kind(annotation: Any) -> tuple[type | None, bool]:
-    """The dataclass that a field or its elements hold, if any; whether it may hold more than that and None."""
+    """The dataclass that a field or its elements hold, if any; and if it may hold more than that or None."""
     kinds = get_args(annotation) or (annotation,)
     for kind in kinds:
         if isinstance(kind, type) and is_dataclass(kind):
