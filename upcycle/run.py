@@ -146,7 +146,7 @@ def working_folder(output: Path, *, resumable: bool = False) -> Iterator[Path]:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(exist_ok=True)
-        release = _lock(folder, output)
+        release = lock_folder(folder, output)
     except OSError as error:
         raise UpcycleError(f"{output} cannot be written: {error.strerror}: {error.filename}") from error
     try:
@@ -170,11 +170,15 @@ def working_folder(output: Path, *, resumable: bool = False) -> Iterator[Path]:
 
 def _empty(folder: Path, keep: frozenset[str] = frozenset()) -> None:
     for path in folder.iterdir():
-        if path.name not in keep | {_LOCK_NAME}:
+        if path.name in keep | {_LOCK_NAME}:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
             path.unlink()
 
 
-def _lock(folder: Path, output: Path) -> Callable[[], None]:
+def lock_folder(folder: Path, output: Path) -> Callable[[], None]:
     """Hold the folder until the returned function is called or the process ends, however it ends."""
     if fcntl is None:
         return lambda: None
