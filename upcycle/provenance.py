@@ -174,7 +174,7 @@ def model_card(plan: UpcyclePlan) -> str:
     """README.md with the metadata that model hubs read."""
     method = plan.recipe.method
     front = {
-        "base_model": list(dict.fromkeys(_model_name(source) for source in plan.sources)),
+        "base_model": list(dict.fromkeys(model_name(source) for source in plan.sources)),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["moe", "upcycled", method],
@@ -245,7 +245,7 @@ def _finish(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _model_name(source: Checkpoint) -> str:
+def model_name(source: Checkpoint) -> str:
     """The name it was published under, where its config.json has one; else that of its file or folder."""
     if source.adapter is not None:
         return source.adapter.folder.resolve().name

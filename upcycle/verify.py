@@ -126,6 +126,8 @@ def differences(record: dict[str, Any], model: ModelConfig) -> tuple[str, ...]:
         model: its description.
     """
     reasons = _method_differences(record["recipe"])
+    if record.get("post_training", {}).get("epochs"):
+        reasons.append("it was trained after it was assembled")
     assignment = record["assignment"]
     used = {
         *assignment["feed_forward"],
