@@ -4,6 +4,7 @@ The work folder has a folder per stage with `settings.json`, what its result dep
 written last: a stage that has one is done. A stage begun with other settings is refused, never mixed.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -13,6 +14,8 @@ from typing import Any, Literal, get_args
 from upcycle.checkpoint import Checkpoint, read_json
 from upcycle.errors import UpcycleError
 from upcycle.plan import UpcyclePlan, make_plan_for
+from upcycle.provenance import RECORD_NAME
+from upcycle.run import lock_folder
 from upcycle.sources import open_source
 from upcycle.upit.data import Data, draw_seed_set
 from upcycle.upit.expand import expand, read_origins
@@ -110,6 +113,14 @@ class Run:
         Raises:
             UpcycleError: with one sentence; what is finished stays for the next run.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        release = lock_folder(self.folder, self.folder)
+        try:
+            return self._run_stages(only)
+        finally:
+            release()
+
+    def _run_stages(self, only: Stage | None) -> dict[str, Any]:
         self.check()
         stages = self.stages()
         if only is not None and only not in stages:
@@ -147,7 +158,9 @@ class Run:
             if path.is_file():
                 self._check_settings(stage, read_json(path))
         output = Path(self.recipe.output).expanduser()
-        if output.exists() and not self.is_done("post_train"):
+        # a run may have been stopped after it wrote the output and before it said so
+        begun = (self.folder / "post_train" / _SETTINGS_NAME).is_file()
+        if output.exists() and not begun:
             raise UpcycleError(f"{output} exists already; choose another output or remove it")
 
     def assembly_plan(self) -> UpcyclePlan:
@@ -254,6 +267,8 @@ class Run:
         trained = self.recipe.route.init == "trained"
         routers = self.folder / "route" / "routers.safetensors" if trained else None
         output = folder / "model"
+        if output.exists():
+            shutil.rmtree(output)
         return assemble(self.recipe, self.experts, self.rest, routers, output)
 
     def _post_train(self, folder: Path) -> dict[str, Any]:
@@ -261,6 +276,9 @@ class Run:
 
         assembled = self.folder / "assemble" / "model"
         samples = self.data.samples
+        output = Path(self.recipe.output).expanduser()
+        if output.exists():
+            return read_json(output / RECORD_NAME)["post_training"]
         return post_train(self.recipe, assembled, self.experts, samples, folder, self._at_point)
 
 

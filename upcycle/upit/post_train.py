@@ -16,11 +16,13 @@ from torch import Tensor
 
 from moe_runtime.hf.loading import load_causal_lm
 from moe_runtime.hf.lora import remove_expert_lora, save_expert_lora
+from moe_runtime.hf.quiet import quiet_transformers
 from moe_runtime.losses import load_balancing_loss
 from upcycle.checkpoint import read_json
-from upcycle.provenance import RECORD_NAME, copy_file, write_text
+from upcycle.provenance import RECORD_NAME, copy_file, model_name, write_text
 from upcycle.provenance import write_json as write_synced_json
 from upcycle.run import working_folder
+from upcycle.sources import open_source
 from upcycle.upit.assemble import ADAPTER_NAME, add_adapter
 from upcycle.upit.data import Sample
 from upcycle.upit.files import write_json
@@ -76,7 +78,7 @@ def post_train(
             start=last_state(folder),
             at_point=record,
         )
-    result = {"losses": losses}
+    result = {"epochs": settings.epochs, "losses": losses}
     _write(recipe, model, assembled, result)
     return result
 
@@ -134,16 +136,18 @@ def _write(recipe: UpitRecipe, model: Any, assembled: Path, result: dict[str, An
             remove_expert_lora(model)
         if recipe.post_train.epochs:
             dtype = getattr(torch, read_json(assembled / "config.json")["dtype"])
-            model.to(dtype).save_pretrained(folder, max_shard_size=recipe.max_shard_size)
+            with quiet_transformers():
+                model.to(dtype).save_pretrained(folder, max_shard_size=recipe.max_shard_size)
         for path in sorted(assembled.iterdir()):
-            if not (folder / path.name).exists() and not _is_weights(path, recipe):
+            if not _is_weights(path, recipe):
                 copy_file(path, folder / path.name)
         values = recipe.to_dict()
         for name in ("output", "work", "device"):
             del values[name]
-        trained = {"epochs": recipe.post_train.epochs, **result}
-        write_synced_json(folder / RECORD_NAME, {**record, "upit": values, "post_training": trained})
-        write_text(folder / "README.md", _card(recipe, (assembled / "README.md").read_text(encoding="utf-8")))
+        write_synced_json(folder / RECORD_NAME, {**record, "upit": values, "post_training": result})
+        write_text(folder / "README.md", _card(recipe, record["parameters"], values))
+        for path in folder.glob("*.safetensors"):
+            path.chmod(0o644)
 
 
 def _is_weights(path: Path, recipe: UpitRecipe) -> bool:
@@ -151,16 +155,40 @@ def _is_weights(path: Path, recipe: UpitRecipe) -> bool:
     return bool(recipe.post_train.epochs) and path.name.startswith("model") and ".safetensors" in path.name
 
 
-def _card(recipe: UpitRecipe, assembled: str) -> str:
-    """The assembled mixture's card, with what came after it."""
-    lines = [f"After assembly it was trained for {recipe.post_train.epochs:g} epochs of its data."]
-    if not recipe.post_train.epochs:
-        lines = ["It was not trained after assembly."]
+def _card(recipe: UpitRecipe, parameters: int, values: dict[str, Any]) -> str:
+    """README.md with the metadata that model hubs read."""
+    front = {
+        "base_model": [model_name(open_source(recipe.base))],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["moe", "upcycled", "upit"],
+    }
+    ours = recipe.target == "moe_runtime"
+    remote_code = ", trust_remote_code=True" if ours else ""
+    needs = "With the package `moe-runtime` installed:\n\n" if ours else ""
+    adapter, imported = "", ""
     if recipe.lora_experts == "adapter":
-        lines.append(
-            f"The experts are the base's feed-forward and the low-rank adapters in `{ADAPTER_NAME}/`: "
-            f'`moe_runtime.hf.lora.load_expert_lora(model, "{ADAPTER_NAME}")`.'
-        )
-    values = recipe.to_dict()
-    settings = yaml.safe_dump({name: values[name] for name in ("prepare", "expand", "route", "post_train")})
-    return f"{assembled}\n## UpIT\n\n{' '.join(lines)}\n\n```yaml\n{settings}```\n"
+        adapter = f'load_expert_lora(model, "path/to/this/folder/{ADAPTER_NAME}")\n'
+        imported = "from moe_runtime.hf.lora import load_expert_lora\n"
+    epochs = recipe.post_train.epochs
+    trained = f"trained for {epochs:g} epochs since" if epochs else "not trained since"
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False)}---
+
+# {recipe.target}, upcycled by upit
+
+The experts are points of one fine-tuning of the base, and children of these (UpIT); assembled with
+{recipe.route.init} routers, and {trained}. {parameters:,} parameters, {recipe.experts} experts,
+{recipe.experts_per_token} per token. `{RECORD_NAME}` holds what was read, with hashes, and the losses.
+
+{needs}```python
+from transformers import AutoModelForCausalLM
+{imported}
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{remote_code})
+{adapter}```
+
+## Recipe
+
+```yaml
+{yaml.safe_dump(values, sort_keys=False)}```
+"""
