@@ -31,8 +31,9 @@ def origins(expert_F3D, dense_F3D):
 def test_without_a_drop_experts_are_reordered_copies(target, dense, run):
     """D1: another order of the hidden units is the same function."""
     folder = run(method="drop", base=dense("llama"), experts=4, drop={"ratio": 0}, target=target)
-    assert verify(folder).must_be_equal
-    assert verify(folder).passed
+    result = verify(folder)
+    assert result.must_be_equal
+    assert result.passed
     if target == "moe_runtime":
         found = origins(hidden_units(folder, 0), hidden_units(dense("llama")))
         assert not torch.equal(found[:, 0], torch.arange(48))

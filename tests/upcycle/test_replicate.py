@@ -73,7 +73,6 @@ def test_native_mixtures_get_their_noise_on_the_rows(family, target, mixture, ru
     assert noise_ED[1::2].unique().numel() > 50
     down = next(name for name in before if "layers.1" in name and ".experts.2." in name)
     assert torch.equal(after[down.replace(".experts.2.", ".experts.5.")], before[down])
-    assert verify(native).passed
 
 
 @pytest.mark.parametrize(
