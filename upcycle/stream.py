@@ -131,7 +131,9 @@ def _band_chunks(task: TensorTask, band: Band, readers: Sequence[Reader]) -> Ite
 def _rows_at_once(pieces: tuple[Piece, ...]) -> int:
     widest = max(sum(piece.columns for piece in pieces), *(piece.width for piece in pieces))
     sources = {source for piece in pieces for source in piece.sources}
-    return max(1, CHUNK_BYTES // (4 * widest * len(sources)))
+    # A change holds copies of the rows.
+    copies = 4 if any(piece.changes for piece in pieces) else 1
+    return max(1, CHUNK_BYTES // (4 * widest * len(sources) * copies))
 
 
 def _stored_rows(

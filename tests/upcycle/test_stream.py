@@ -54,13 +54,25 @@ def large_source(folder, seed):
     return str(folder)
 
 
-@pytest.mark.parametrize("kv", ["expert", "shared"])
-def test_the_size_of_a_piece_changes_nothing(kv, dense, run, monkeypatch):
-    values = {
-        "method": "bam",
-        "sources": [dense("cohere", seed=seed) for seed in range(2)],
-        "attention": {"kv": kv},
-    }
+RANDOM = {
+    "noise": {"noise": {"std": 0.02, "share": 0.5}},
+    "drop": {"drop": {"ratio": 0.4, "shared_indices": False}},
+    "granular": {"granular": {"shards": 2, "shuffle": True}},
+    "shared_expert": {"shared_expert": {"expert_width": 16, "residual_scale": 0.5}},
+}
+
+
+def recipes(dense):
+    """Name -> recipe without output, one for every way of changing a piece."""
+    of_base = {"base": str(dense("llama", mlp_bias=True)), "experts": 4, "experts_per_token": 2}
+    sources = [str(dense("cohere", seed=seed)) for seed in range(2)]
+    bams = {kv: {"method": "bam", "sources": sources, "attention": {"kv": kv}} for kv in ("expert", "shared")}
+    return bams | {method: {"method": method, **of_base, **section} for method, section in RANDOM.items()}
+
+
+@pytest.mark.parametrize("name", ["expert", "shared", *RANDOM])
+def test_the_size_of_a_piece_changes_nothing(name, dense, run, monkeypatch):
+    values = recipes(dense)[name]
     whole = tensors_of(run("whole", **values))
     monkeypatch.setattr("upcycle.stream.CHUNK_BYTES", 3 * 4 * 2 * 32)  # three rows of two sources
     in_pieces = tensors_of(run("pieces", **values))
@@ -68,15 +80,34 @@ def test_the_size_of_a_piece_changes_nothing(kv, dense, run, monkeypatch):
     assert all(torch.equal(tensor, in_pieces[name]) for name, tensor in whole.items())
 
 
+def test_another_process_draws_the_same_numbers(dense, run, tmp_path):
+    """Random orders, choices and noise come from seeds and names alone."""
+    mixture = run("mixture", method="copy", base=dense("llama"), experts=2, target="mixtral")
+    grown = {"method": "replicate", "base": str(mixture), "target": "mixtral", "replicate": {"counts": 2}}
+    values = {**{name: recipes(dense)[name] for name in RANDOM}, "replicate": grown}
+    here = {name: tensors_of(run(name, **value)) for name, value in values.items()}
+    there = {name: {**value, "output": str(tmp_path / "there" / name)} for name, value in values.items()}
+    code = """
+import json, sys, upcycle
+for values in json.loads(sys.argv[1]).values():
+    upcycle.upcycle(upcycle.recipe_from_dict(values))
+"""
+    subprocess.run([sys.executable, "-c", code, json.dumps(there)], check=True)
+    for name, tensors in here.items():
+        again = tensors_of(tmp_path / "there" / name)
+        assert again.keys() == tensors.keys()
+        assert all(torch.equal(tensor, again[key]) for key, tensor in tensors.items()), name
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-@pytest.mark.parametrize("method", ["copy", "bam"])
+@pytest.mark.parametrize("method", ["copy", "bam", "drop"])
 def test_peak_memory_does_not_follow_the_tensors(method, tmp_path):
-    sources = [large_source(tmp_path / str(seed), seed) for seed in range(1 if method == "copy" else 2)]
+    sources = [large_source(tmp_path / str(seed), seed) for seed in range(2 if method == "bam" else 1)]
     values = {"method": method, "output": str(tmp_path / "out"), "max_shard_size": "100MB"}
-    if method == "copy":
-        values |= {"base": sources[0], "experts": 8}
-    else:
+    if method == "bam":
         values |= {"sources": sources * 2, "attention": {"kv": "shared"}}
+    else:
+        values |= {"base": sources[0], "experts": 8}
     plan = make_plan_for(recipe_from_dict(values))
     largest = max(task.num_bytes for task in plan.tasks)
     assert largest == 64 * MB
