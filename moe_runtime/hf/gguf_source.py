@@ -3,6 +3,7 @@
 import io
 from contextlib import redirect_stderr
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -13,9 +14,10 @@ from .quiet import quiet_transformers
 def save_gguf_tokenizer(source: Path, output: Path) -> list[Path]:
     """Write the tokenizer of a GGUF file to a folder; returns the files."""
     before = set(output.iterdir())
-    # one of transformers' progress bars heeds no setting
-    with quiet_transformers(), redirect_stderr(io.StringIO()):
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
+    # one of transformers' progress bars heeds no setting; tokenizer files beside the GGUF file would win
+    with TemporaryDirectory() as alone, quiet_transformers(), redirect_stderr(io.StringIO()):
+        (Path(alone) / "model.gguf").symlink_to(source.resolve())
+        tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf", local_files_only=True)
         tokenizer.save_pretrained(output)
     return sorted(set(output.iterdir()) - before)
 

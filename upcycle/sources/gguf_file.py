@@ -117,7 +117,9 @@ def _is_needed(name: str) -> bool:
 
 
 def _value(field: Any) -> Any:
-    return field.contents()
+    """Fractions are stored in 32 bits: the decimal number that was meant is the shortest that gives them."""
+    value = field.contents()
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _config_json(path: Path, values: Mapping[str, Any], tensors: Any) -> dict[str, Any]:
