@@ -112,9 +112,11 @@ def _read_texts(plan: "UpcyclePlan") -> "list[Text]":
 
 def _load(plan: "UpcyclePlan", device: Any) -> Any:
     from moe_runtime.hf.loading import load_causal_lm
+    from upcycle.sources import open_source
     from upcycle.sources.plain import plain_folder
 
-    with plain_folder(plan.base) as folder:
+    # not the plan's view of it, whose tensors have other names than its family's
+    with plain_folder(open_source(plan.recipe.base)) as folder:
         return load_causal_lm(folder, device=device)
 
 

@@ -239,7 +239,7 @@ def test_another_process_gets_the_same_bits(run, branches, texts, tmp_path):
 
 TEXT_ERRORS = [
     pytest.param(None, r"router\.data: there is no file .*2\.txt", id="missing"),
-    pytest.param(b"too short", r"2\.txt must give at least 64 tokens for its expert, got 9", id="short"),
+    pytest.param(b"too short", r"2\.txt must give at least 64 tokens, got 9", id="short"),
     pytest.param(b"\xff\xfe" * 99, r"2\.txt must be UTF-8 text, and is not: invalid start byte", id="bytes"),
 ]
 
