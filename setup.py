@@ -20,6 +20,7 @@ setup(
         "moe_runtime.hf",
         "moe_runtime.demo",
         "moe_runtime.profile",
+        "moe_runtime.stats",
         "upcycle",
         "upcycle.sources",
         "upcycle.routers",

@@ -22,6 +22,7 @@ _HOME = {
     "TopKRouter": "layers",
     "TopKSoftRouter": "layers",
     "accelerate_model": "hf.accelerate",
+    "expert_stats": "stats.measure",
     "load_balancing_loss": "layers",
     "mean_gate_balance_loss": "layers",
     "pack_experts": "packed_experts",

@@ -16,6 +16,7 @@ from .config import ModelConfig
 from .demo.cli import demo_command
 from .profile.cli import profile_command
 from .shapes import SHAPES, named_shape
+from .stats.cli import stats_command
 
 app = typer.Typer(
     name="moe-runtime",
@@ -197,6 +198,9 @@ def generate_command(
 
 app.command("demo", epilog="Example: moe-runtime demo --text contracts=my/contracts.txt")(demo_command)
 app.command("profile", epilog="Example: moe-runtime profile runs/copy --html")(profile_command)
+app.command("stats", epilog="Example: moe-runtime stats runs/copy --text code.txt --text prose.txt")(
+    stats_command
+)
 app.command("upcycle", epilog="Example: moe-runtime upcycle upcycle/recipes/btx.yaml --dry-run")(
     upcycle_command
 )

@@ -66,7 +66,7 @@ def profile_command(  # noqa: PLR0913 - every option of the command is an argume
         model,
         settings=settings,
         compare=None if compare is None else [name.strip() for name in compare.split(",")],
-        device=_chosen_device(device),
+        device=chosen_device(device),
         dtype=_checked_dtype(dtype),
         trace=trace,
         console=console,
@@ -82,7 +82,7 @@ def profile_command(  # noqa: PLR0913 - every option of the command is an argume
 # --- checks, before anything is measured ---
 
 
-def _chosen_device(device: str | None) -> str:
+def chosen_device(device: str | None) -> str:
     import torch
 
     has_gpu = torch.cuda.is_available()
@@ -104,7 +104,7 @@ def _checked_dtype(dtype: str) -> str:
 
 
 def _check_files(output_dir: Path, trace: Path | None, *, html: bool) -> None:
-    _check_folder("--output-dir must be a folder", output_dir)
+    check_folder("--output-dir must be a folder", output_dir)
     if trace is not None:
         if trace.is_dir():
             raise ValueError(f"--trace must be a file, and {trace} is a folder")
@@ -112,12 +112,12 @@ def _check_files(output_dir: Path, trace: Path | None, *, html: bool) -> None:
             raise ValueError(
                 f"--trace must be another file than {REPORT} and {PAGE} of --output-dir, got {trace}"
             )
-        _check_folder("--trace must be in a folder", trace.absolute().parent)
+        check_folder("--trace must be in a folder", trace.absolute().parent)
     if html and find_spec("matplotlib") is None:
         raise ValueError("--html needs matplotlib for its plots; run: pip install 'moe-runtime[demo]'")
 
 
-def _check_folder(demand: str, folder: Path) -> None:
+def check_folder(demand: str, folder: Path) -> None:
     """The folder is there and can be written to, or can be made."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
