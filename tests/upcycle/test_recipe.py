@@ -14,6 +14,11 @@ from upcycle.recipe import parse_size
 COPY = {"method": "copy", "base": "a", "output": "out", "experts": 4}
 BTX = {"method": "btx", "sources": ["a", "b", "c"], "output": "out"}
 BAM = {**BTX, "method": "bam"}
+NOISE = {**COPY, "method": "noise", "noise": {"std": 0.1}}
+DROP = {**COPY, "method": "drop"}
+GRANULAR = {**COPY, "method": "granular", "granular": {"shards": 2}}
+SHARED = {**COPY, "method": "shared_expert", "shared_expert": {"expert_width": 8}}
+REPLICATE = {"method": "replicate", "base": "a", "output": "out", "replicate": {"counts": [1, 2]}}
 EXAMPLES = sorted(Path(upcycle.recipe.__file__).with_name("recipes").glob("*.yaml"))
 
 
@@ -36,8 +41,32 @@ def test_methods_fill_in_their_own_routing():
     assert (bam.attention.kv, bam.attention.top_k) == ("expert", None)
 
 
+def test_sections_are_filled_in():
+    drop, granular, replicate = (recipe_from_dict(values) for values in (DROP, GRANULAR, REPLICATE))
+    assert (drop.drop.ratio, drop.drop.shared_indices, drop.experts_per_token) == (0.5, True, 2)
+    four = recipe_from_dict({**GRANULAR, "granular": {"shards": 4}})
+    assert (granular.experts_per_token, four.experts_per_token) == (2, 4)
+    assert (granular.drop, granular.granular.scale_mode) == (None, "exact")
+    assert (replicate.experts, replicate.experts_per_token, replicate.router.gate) == (None, None, None)
+    assert replicate.replicate.noise_on == "selection_bias"
+    native = recipe_from_dict({**REPLICATE, "target": "mixtral"})
+    assert native.replicate.noise_on == "weights"
+
+
 @pytest.mark.parametrize(
-    "values", [COPY, BTX, BAM, {**BTX, "layers": [2, 0]}], ids=["copy", "btx", "bam", "layers"]
+    "values",
+    [
+        pytest.param(COPY, id="copy"),
+        pytest.param(BTX, id="btx"),
+        pytest.param(BAM, id="bam"),
+        pytest.param(NOISE, id="noise"),
+        pytest.param(DROP, id="drop"),
+        pytest.param({**GRANULAR, "drop": {"ratio": 0.25}}, id="granular"),
+        pytest.param(SHARED, id="shared-expert"),
+        pytest.param(REPLICATE, id="replicate"),
+        pytest.param({**BTX, "layers": [2, 0]}, id="layers"),
+        pytest.param({**COPY, "layers": {"first_dense": 1, "moe_every": 2}}, id="rule-for-layers"),
+    ],
 )
 def test_a_recipe_reads_back_what_it_writes(values):
     recipe = recipe_from_dict(values)
@@ -52,11 +81,24 @@ def test_a_section_without_lines_is_the_default():
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_examples_are_valid_and_one_per_method(path):
     assert load_recipe(path).method == path.stem
-    assert [example.stem for example in EXAMPLES] == ["bam", "btx", "copy"]
+    methods = ["bam", "btx", "copy", "drop", "granular", "replicate", "shared_expert"]
+    assert [example.stem for example in EXAMPLES] == methods
+
+
+def test_the_example_of_replication_runs_on_what_the_one_of_copies_writes(dense, run):
+    (path,) = (path for path in EXAMPLES if path.stem == "replicate")
+    recipe = load_recipe(path)
+    copied = next(load_recipe(path) for path in EXAMPLES if path.stem == "copy")
+    assert recipe.base == copied.output
+    mixture = run(method="copy", base=dense("llama"), experts=2, target=copied.target)
+    recipe = replace(recipe, base=str(mixture), output="never-written")
+    assert upcycle.upcycle(recipe, dry_run=True).plan.model.num_experts == 4
 
 
 @pytest.mark.checkpoint
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in EXAMPLES if path.stem != "replicate"], ids=lambda path: path.stem
+)
 def test_the_examples_run_on_the_model_of_the_demo(path, smollm2):
     assert Path(smollm2) == Path(".cache/smollm2-135m")
     recipe = replace(load_recipe(path), output="never-written")
@@ -144,6 +186,103 @@ WRONG = [
         {**BTX, "router": {"z_loss_coef": -1e-3}},
         "router.z_loss_coef must not be negative, got -0.001",
         id="negative-loss",
+    ),
+    pytest.param(
+        {**COPY, "drop": {}},
+        "drop belongs to method 'drop' or 'granular', got it with method 'copy'",
+        id="drop",
+    ),
+    pytest.param({**DROP, "noise": {"std": 1}}, "noise belongs to method 'noise'", id="noise-in-drop"),
+    pytest.param(
+        {**COPY, "method": "noise"}, "method 'noise' needs a section 'noise' with 'std'", id="no-section"
+    ),
+    pytest.param({**DROP, "drop": {"ratio": 1.5}}, "drop.ratio must be between 0 and 1, got 1.5", id="ratio"),
+    pytest.param({**DROP, "drop": {"ratio": float("nan")}}, "drop.ratio must be between", id="ratio-nan"),
+    pytest.param(
+        {**DROP, "drop": {"seed": 0.5}}, "drop.seed must be a whole number, got 0.5", id="drop-seed"
+    ),
+    pytest.param(
+        {**DROP, "drop": {"shared_indices": 1}}, "drop.shared_indices must be true or false", id="shared-one"
+    ),
+    pytest.param(
+        {**NOISE, "noise": {"std": -0.1}}, "noise.std must be finite and not negative, got -0.1", id="std"
+    ),
+    pytest.param(
+        {**NOISE, "noise": {"std": 1, "share": 2}}, "noise.share must be between 0 and 1", id="share"
+    ),
+    pytest.param(
+        {**GRANULAR, "granular": {"shards": 3}},
+        r"experts must be a multiple of granular.shards \(3\), .*got 4",
+        id="experts-shards",
+    ),
+    pytest.param(
+        {**GRANULAR, "experts_per_token": 3},
+        r"experts_per_token must be a multiple of granular.shards \(2\), .*got 3",
+        id="k-shards",
+    ),
+    pytest.param(
+        {**GRANULAR, "granular": {"shards": 1}},
+        "makes every gate 1 and no router learns; use 'straight_through'",
+        id="one-shard",
+    ),
+    pytest.param({**GRANULAR, "granular": {"shards": 0}}, "granular.shards must be at least 1", id="shards"),
+    pytest.param(
+        {**GRANULAR, "granular": {"shards": 2, "scale_mode": "root"}},
+        "granular.scale_mode must be one of 'exact', 'cuberoot', 'none', got 'root'",
+        id="scale-mode",
+    ),
+    pytest.param(
+        {**GRANULAR, "router": {"gate": "raw", "score": "sigmoid"}},
+        "granular.scale_mode must be 'none' with router.gate 'raw' and router.score 'sigmoid'",
+        id="raw-sigmoid",
+    ),
+    pytest.param(
+        {**GRANULAR, "router": {"init": "file", "path": "x"}},
+        "router.init must be 'normal' or 'orthogonal' with method 'granular', .*got 'file'",
+        id="granular-init",
+    ),
+    pytest.param(
+        {**SHARED, "shared_expert": {"expert_width": 8, "residual_scale": -1}},
+        "shared_expert.residual_scale must be finite and not negative, got -1",
+        id="residual-scale",
+    ),
+    pytest.param(
+        {**REPLICATE, "replicate": {"counts": [1, 0]}},
+        "replicate.counts must be at least 1, got 0",
+        id="counts",
+    ),
+    pytest.param(
+        {**REPLICATE, "replicate": {"counts": []}}, "replicate.counts must be a number or one", id="no-counts"
+    ),
+    pytest.param(
+        {**REPLICATE, "replicate": {"counts": 2, "noise": float("inf")}},
+        "replicate.noise must be finite",
+        id="noise-inf",
+    ),
+    pytest.param(
+        {**REPLICATE, "experts": 4},
+        "experts must be left out with method 'replicate'",
+        id="replicate-experts",
+    ),
+    pytest.param(
+        {**REPLICATE, "router": {"gate": "raw"}},
+        "router must be left out with method 'replicate', which keeps the mixture's own",
+        id="replicate-router",
+    ),
+    pytest.param(
+        {**REPLICATE, "sources": ["a"]},
+        "has one mixture under 'base' and no 'sources'",
+        id="replicate-source",
+    ),
+    pytest.param(
+        {**COPY, "layers": {"first_dense": -1}},
+        "layers.first_dense must be at least 0, got -1",
+        id="first-dense",
+    ),
+    pytest.param(
+        {**COPY, "layers": {"every": 2}},
+        "unknown key 'every' under 'layers'; did you mean 'moe_every'|known keys: first_dense, moe_every",
+        id="layers-key",
     ),
     pytest.param({**BTX, "layers": []}, "layers must be 'all', 'every_other' or a list", id="no-layers"),
     pytest.param({**BTX, "layers": [1.5]}, "layers must be 'all', 'every_other' or a list", id="layers-type"),
