@@ -70,9 +70,15 @@ def granite(c: Keys) -> dict[str, Any]:
         **llama(c),
         "embedding_multiplier": c["embedding_multiplier"],
         "residual_multiplier": c["residual_multiplier"],
-        "attention_multiplier": c["attention_multiplier"],
+        "attention_multiplier": _scale(c, c["attention_multiplier"]),
         "logit_scale": 1.0 / c["logits_scaling"],
     }
+
+
+def _scale(c: Keys, multiplier: float) -> float | None:
+    """Of the scores; None where it is what all other families have."""
+    width = c["head_dim"] or c["hidden_size"] // c["num_attention_heads"]
+    return None if multiplier == width**-0.5 else multiplier
 
 
 def gemma2(c: Keys) -> dict[str, Any]:
@@ -81,7 +87,7 @@ def gemma2(c: Keys) -> dict[str, Any]:
     return {
         **_attention_biases(c),
         **window(c, c["sliding_window"], every_other),
-        "attention_multiplier": c["query_pre_attn_scalar"] ** -0.5,
+        "attention_multiplier": _scale(c, c["query_pre_attn_scalar"] ** -0.5),
         "attn_logit_softcapping": c["attn_logit_softcapping"],
         "final_logit_softcapping": c["final_logit_softcapping"],
         "embedding_multiplier": c["hidden_size"] ** 0.5,

@@ -90,8 +90,12 @@ def dense_model(family, *, seed=0, **changes):
     sizes = {RENAMED.get(family, {}).get(name, name): value for name, value in SIZES.items()}
     values = {**sizes, "pad_token_id": None, **variant, **changes}
     config = CONFIG_MAPPING[family](**{name: value for name, value in values.items() if name is not None})
+    return randomised(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config), seed)
+
+
+def randomised(model, seed=0):
+    """Every parameter drawn anew: weights of norms around 1, everything else, biases too, around 0."""
     torch.manual_seed(seed)
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_norm = "norm" in name or ".ln_" in name

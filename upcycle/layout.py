@@ -67,9 +67,10 @@ def whole(tensor: str, sources: tuple[int, ...], shape: tuple[int, ...]) -> Band
 def unmixed_task(layout: Layout, name: str) -> TensorTask:
     """A tensor that is no expert. Our own model has a norm row per head where Qwen3 has one for all heads."""
     shape = layout.shapes[name]
-    norm_of_heads = name.endswith(("q_norm.weight", "k_norm.weight"))
-    if not norm_of_heads or layout.target != "moe_runtime":
-        return layout.task(name, shape, whole(name, layout.assignment.rest, shape))
+    if not name.endswith(names.HEAD_NORMS) or layout.target != "moe_runtime":
+        joint = name.endswith(names.HEAD_NORMS) and layout.dense.qk_norm == "joint_rms_norm"
+        stored = (prod(shape),) if joint else shape
+        return layout.task(name, stored, whole(name, layout.assignment.rest, shape))
     heads = layout.dense.num_attention_heads if "q_norm" in name else layout.dense.num_key_value_heads
     bands = head_norm_rows(name, layout.assignment.rest, shape, 0, heads)
     return layout.task(name, (heads, layout.dense.head_dim), *bands)
@@ -141,7 +142,7 @@ def feed_forward_tasks(layout: Layout, number: int) -> Iterator[TensorTask]:
 def expert_tasks(layout: Layout, number: int) -> Iterator[TensorTask]:
     """Experts, and the shared expert where there is one, of one layer."""
     expert = names.EXPERT_NAMES[layout.target]
-    yield from _stacked(layout, number) if expert.fused else _separate(layout, number, expert)
+    yield from (_stacked if expert.fused else _separate)(layout, number, expert)
     if layout.model.shared_expert_intermediate_size:
         yield from _shared_expert(layout, number)
 
@@ -150,9 +151,9 @@ def _up_names(model: ModelConfig) -> tuple[str, ...]:
     return ("gate_proj", "up_proj") if model.gated_mlp else ("up_proj",)
 
 
-def _stacked(layout: Layout, number: int) -> Iterator[TensorTask]:
+def _stacked(layout: Layout, number: int, names_below: names.ExpertNames) -> Iterator[TensorTask]:
     D, F, E = layout.model.hidden_size, layout.model.moe_intermediate_size, layout.model.num_experts
-    experts = f"{names.layer(number)}.mlp.experts"
+    experts = f"{names.layer(number)}.{names_below.experts}"
     up_names = _up_names(layout.model)
     rows = len(up_names) * F
 
@@ -164,8 +165,9 @@ def _stacked(layout: Layout, number: int) -> Iterator[TensorTask]:
             for band in layout.expert_bands(layout, number, expert, tensor)
         ]
 
-    yield layout.task(f"{experts}.gate_up_proj", (E, rows, D), *stack(*(f"{n}.weight" for n in up_names)))
-    yield layout.task(f"{experts}.down_proj", (E, D, F), *stack("down_proj.weight"))
+    gate_up, down = (f"{experts}.{name}" for name in (names_below.up, names_below.down))
+    yield layout.task(gate_up, (E, rows, D), *stack(*(f"{n}.weight" for n in up_names)))
+    yield layout.task(down, (E, D, F), *stack("down_proj.weight"))
     if layout.model.mlp_bias:
         yield layout.task(f"{experts}.gate_up_bias", (E, rows), *stack(*(f"{n}.bias" for n in up_names)))
         yield layout.task(f"{experts}.down_bias", (E, D), *stack("down_proj.bias"))

@@ -21,7 +21,9 @@ def layer(number: int) -> str:
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """Names below a layer. `fused`: all experts of a layer in two tensors, gate rows above up rows."""
+    """Names below a layer. `fused`: all experts of a layer in two tensors, `up` (gate rows above up rows) and
+    `down`.
+    """
 
     router: str
     fused: bool
@@ -32,12 +34,22 @@ class ExpertNames:
 
 
 EXPERT_NAMES = {
-    "moe_runtime": ExpertNames("mlp.router.weight", True, "mlp.experts", "", "", ""),
+    "moe_runtime": ExpertNames("mlp.router.weight", True, "mlp.experts", "", "gate_up_proj", "down_proj"),
     "mixtral": ExpertNames(
         "block_sparse_moe.gate.weight", False, "block_sparse_moe.experts", "w1", "w3", "w2"
     ),
-    "qwen2_moe": ExpertNames("mlp.gate.weight", False, "mlp.experts", "gate_proj", "up_proj", "down_proj"),
-    "qwen3_moe": ExpertNames("mlp.gate.weight", False, "mlp.experts", "gate_proj", "up_proj", "down_proj"),
+    "granitemoe": ExpertNames(
+        "block_sparse_moe.router.layer.weight",
+        True,
+        "block_sparse_moe",
+        "",
+        "input_linear.weight",
+        "output_linear.weight",
+    ),
+    **dict.fromkeys(
+        ("qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo"),
+        ExpertNames("mlp.gate.weight", False, "mlp.experts", "gate_proj", "up_proj", "down_proj"),
+    ),
 }
 
 

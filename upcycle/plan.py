@@ -103,11 +103,9 @@ def make_plan_for(recipe: Recipe) -> UpcyclePlan:
     shapes = _mixture_shapes(recipe, base, dense) if is_mixture else names.dense_shapes(dense)
     for source, config in zip(sources, configs, strict=True):
         _check_same_model(base, dense, source, config)
-        stored = shapes if is_mixture else stored_shapes(source, config)
-        _check_tensors(source, stored, stored_names(source, config))
-    if not is_mixture:
-        sources = tuple(under_our_names(source, dense) for source in sources)
-        base = sources[paths.index(recipe.base)]
+        _check_tensors(source, stored_shapes(source, config, shapes), stored_names(source, config))
+    sources = tuple(under_our_names(source, dense, shapes) for source in sources)
+    base = sources[paths.index(recipe.base)]
     _check_vocabularies(base, sources)
     _check_block(recipe, base, dense)
     model = method.describe(recipe, dense if is_mixture else _output_model(recipe, dense))
@@ -225,7 +223,10 @@ def _mixture_config(source: Checkpoint) -> ModelConfig:
 
 
 def _mixture_shapes(recipe: Recipe, source: Checkpoint, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    norm_per_head = source.config_json["model_type"] == "moe_runtime" and config.qk_norm == "rms_norm"
+    norm_per_head = source.config_json["model_type"] == "moe_runtime" and config.qk_norm in (
+        "rms_norm",
+        "offset_rms_norm",
+    )
     if norm_per_head and recipe.target != "moe_runtime":
         raise RecipeError(
             f"target {recipe.target!r} cannot hold this model: its query and key norms have a row for each "

@@ -17,6 +17,8 @@ from moe_runtime.config import ModelConfig
 from upcycle import names
 from upcycle.checkpoint import Checkpoint
 
+Shapes = Mapping[str, tuple[int, ...]]
+
 
 @dataclass(frozen=True)
 class StoredRows:
@@ -157,13 +159,20 @@ def stored_names(source: Checkpoint, config: ModelConfig) -> StoredNames:
     return StoredNames() if family is None else family(config)
 
 
-def stored_rows(source: Checkpoint, config: ModelConfig) -> dict[str, StoredRows]:
-    """Where each tensor of `dense_shapes` lies in the source, and the head also where it is tied."""
+def stored_rows(
+    source: Checkpoint, config: ModelConfig, shapes: Shapes | None = None
+) -> dict[str, StoredRows]:
+    """Where each tensor lies in the source, and the head also where it is tied.
+
+    Args:
+        shapes: of the tensors by our names; None: those of a dense model, `names.dense_shapes(config)`.
+    """
+    shapes = names.dense_shapes(config) if shapes is None else shapes
     stored = stored_names(source, config)
     head = next((head for head in stored.heads if f"{head}.weight" in source.tensors), stored.heads[0])
     outside = {"embed_tokens": stored.embedding, "norm": stored.final_norm, "lm_head": head}
     rows = {}
-    for name in (*names.dense_shapes(config), names.HEAD):
+    for name in (*shapes, names.HEAD):
         module, _, kind = name.removeprefix("model.").rpartition(".")
         if module in outside:
             rows[name] = StoredRows(f"{outside[module]}.{kind}")
@@ -174,32 +183,38 @@ def stored_rows(source: Checkpoint, config: ModelConfig) -> dict[str, StoredRows
     return rows
 
 
-def stored_shapes(source: Checkpoint, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that the source must hold, under its own name."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    rows = stored_rows(source, config)
-    for name, shape in names.dense_shapes(config).items():
-        if name.endswith(names.HEAD_NORMS) and config.qk_norm == "joint_rms_norm":
+def stored_shapes(
+    source: Checkpoint, config: ModelConfig, shapes: Shapes | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Every tensor that the source must hold, under its own name. Arguments as of `stored_rows`."""
+    shapes = names.dense_shapes(config) if shapes is None else shapes
+    in_one_row = config.qk_norm == "joint_rms_norm" and source.config_json["model_type"] != "moe_runtime"
+    stored: dict[str, tuple[int, ...]] = {}
+    rows = stored_rows(source, config, shapes)
+    for name, shape in shapes.items():
+        if in_one_row and name.endswith(names.HEAD_NORMS):
             shape = (prod(shape),)
         tensor = rows[name].tensor
-        before = shapes[tensor][0] if tensor in shapes else 0
-        shapes[tensor] = (before + shape[0], *shape[1:])
-    return shapes
+        before = stored[tensor][0] if tensor in stored else 0
+        stored[tensor] = (before + shape[0], *shape[1:])
+    return stored
 
 
-def under_our_names(source: Checkpoint, config: ModelConfig) -> Checkpoint:
-    """The source with the names and shapes of `dense_shapes`; a head that is stored though tied stays.
+def under_our_names(source: Checkpoint, config: ModelConfig, shapes: Shapes | None = None) -> Checkpoint:
+    """The source with our names and shapes; a head that is stored though tied stays.
 
     Args:
         source: holds every tensor of `stored_shapes`.
+        config, shapes: as of `stored_rows`.
     """
-    shapes = names.dense_shapes(config)
-    places = {n: rows for n, rows in stored_rows(source, config).items() if rows.tensor in source.tensors}
+    shapes = names.dense_shapes(config) if shapes is None else shapes
+    rows = stored_rows(source, config, shapes)
+    places = {name: place for name, place in rows.items() if place.tensor in source.tensors}
     tensors = {}
-    for name, rows in places.items():
-        tensor = source.tensors[rows.tensor]
+    for name, place in places.items():
+        tensor = source.tensors[place.tensor]
         tensors[name] = replace(tensor, shape=shapes.get(name, tensor.shape))
-    if all(rows == StoredRows(name) for name, rows in places.items()):
+    if all(place == StoredRows(name) for name, place in places.items()):
         return replace(source, tensors=tensors)
     return replace(source, tensors=tensors, reader=partial(_ViewReader, source, places), raw=source)
 

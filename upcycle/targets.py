@@ -41,7 +41,7 @@ _CARRIED_KEYS = (
 )
 
 # Native formats first: where one of them works, other programs can read the output.
-TARGETS = ("mixtral", "qwen2_moe", "qwen3_moe", "moe_runtime")
+TARGETS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "granitemoe", "moe_runtime")
 
 
 def target_config_json(
@@ -163,9 +163,44 @@ def _qwen3_moe(model: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _olmoe(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["OlmoeForCausalLM"],
+        "model_type": "olmoe",
+        **_shared_keys(model),
+        "intermediate_size": model.moe_intermediate_size,
+        "num_experts": model.num_experts,
+        "norm_topk_prob": model.router_gate == "renorm",
+        "attention_bias": model.attention_bias,
+    }
+
+
+def _flex_olmo(model: ModelConfig) -> dict[str, Any]:
+    return {**_olmoe(model), "architectures": ["FlexOlmoForCausalLM"], "model_type": "flex_olmo"}
+
+
+def _granitemoe(model: ModelConfig) -> dict[str, Any]:
+    scale = model.head_dim**-0.5 if model.attention_multiplier is None else model.attention_multiplier
+    return {
+        "architectures": ["GraniteMoeForCausalLM"],
+        "model_type": "granitemoe",
+        **_shared_keys(model),
+        "intermediate_size": model.moe_intermediate_size,
+        "num_local_experts": model.num_experts,
+        "attention_bias": model.attention_bias,
+        "embedding_multiplier": model.embedding_multiplier,
+        "residual_multiplier": model.residual_multiplier,
+        "attention_multiplier": scale,
+        "logits_scaling": 1.0 / model.logit_scale,
+    }
+
+
 _FORMATS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "moe_runtime": _moe_runtime,
     "mixtral": _mixtral,
     "qwen2_moe": _qwen2_moe,
     "qwen3_moe": _qwen3_moe,
+    "olmoe": _olmoe,
+    "flex_olmo": _flex_olmo,
+    "granitemoe": _granitemoe,
 }

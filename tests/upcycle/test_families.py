@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
-from dense_models import TRAITS, VARIANTS, dense_model, tensors_of
+from dense_models import SIZES, TRAITS, VARIANTS, dense_model, randomised, tensors_of
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_runtime.families import DENSE_FAMILIES, model_config
 from moe_runtime.hf.loading import load_causal_lm
@@ -135,3 +137,20 @@ def test_a_family_in_16_bits_passes_through_bit_by_bit(dense, run):
     down = tensors_of(source)["gpt_neox.layers.1.mlp.dense_4h_to_h.weight"]
     assert torch.equal(experts[1].view(torch.int16), down.view(torch.int16))
     assert dense_model("gpt_neox").num_parameters() == sum(t.numel() for t in tensors_of(source).values())
+
+
+@pytest.mark.parametrize("family", ["olmoe", "flex_olmo", "granitemoe"])
+def test_a_mixture_of_the_family_passes_through_unchanged(family, run, tmp_path):
+    """Its names and shapes are read and written as transformers does."""
+    config = CONFIG_MAPPING[family](
+        **SIZES, pad_token_id=None, num_local_experts=3, num_experts_per_tok=2, tie_word_embeddings=True
+    )
+    model = randomised(AutoModelForCausalLM.from_config(config))
+    model.save_pretrained(tmp_path / "mixture")
+    folder = run(
+        method="replicate", base=tmp_path / "mixture", target=family, replicate={"counts": [1, 1, 1]}
+    )
+    before, after = tensors_of(tmp_path / "mixture"), tensors_of(folder)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert verify(folder).max_abs_diff == 0

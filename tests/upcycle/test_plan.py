@@ -186,7 +186,7 @@ def test_attention_experts_fit_our_own_format_only(dense):
 
 def test_biases_that_a_format_lacks_are_refused(dense):
     with pytest.raises(
-        UpcycleError, match="attention_bias would be False instead of True; use target 'moe_runtime'"
+        UpcycleError, match="attention_bias would be False instead of True; use target 'granitemoe'"
     ):
         copy_plan(dense("llama", attention_bias=True), target="mixtral")
     with pytest.raises(
@@ -234,24 +234,6 @@ def test_sources_of_other_shapes_and_vocabularies_are_named(dense):
             plan_of(method="btx", sources=[base, other])
     with pytest.raises(UpcycleError, match=r"attention_bias is False in .* and True in"):
         plan_of(method="btx", sources=[base, str(dense("qwen2"))])
-
-
-def test_tokenizers_must_share_their_vocabulary(dense_copy):
-    folders = [dense_copy(name=name) for name in ("a", "b")]
-    for folder, vocabulary in zip(folders, ({"x": 0, "y": 1}, {"y": 0, "x": 1}), strict=True):
-        (folder / "tokenizer.json").write_text(
-            json.dumps({"model": {"vocab": vocabulary}, "added": str(folder)})
-        )
-    sources = [str(folder) for folder in folders]
-    with pytest.raises(
-        UpcycleError, match=r"share one vocabulary, but that of .*a.tokenizer.json differs from"
-    ):
-        plan_of(method="btx", sources=sources)
-    (folders[1] / "tokenizer.json").write_text(json.dumps({"model": None}))
-    with pytest.raises(UpcycleError, match="share one vocabulary"):
-        plan_of(method="btx", sources=sources)
-    (folders[1] / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"x": 0, "y": 1}}}))
-    assert len(plan_of(method="btx", sources=sources).sources) == 2
 
 
 def test_a_longer_context_in_a_branch_is_no_difference(dense, dense_copy):
@@ -315,6 +297,26 @@ def test_every_other_of_one_layer_is_none(dense):
         UpcycleError, match="layers 'every_other' leaves no layer with experts; the model has 1"
     ):
         copy_plan(dense("llama", num_hidden_layers=1), layers="every_other")
+
+
+@pytest.mark.parametrize(
+    ("rule", "chosen"),
+    [
+        ({"first_dense": 2}, (2, 3, 4)),
+        ({"moe_every": 2}, (1, 3)),
+        ({"first_dense": 2, "moe_every": 2}, (3,)),
+        ({"first_dense": 0}, None),
+        ("every_other", (1, 3)),
+    ],
+)
+def test_a_rule_chooses_layers(rule, chosen, dense):
+    assert copy_plan(dense("llama", num_hidden_layers=5), layers=rule).model.moe_layers == chosen
+
+
+def test_a_rule_that_chooses_no_layer_is_refused(dense):
+    for rule, said in (({"first_dense": 3}, "3 dense"), ({"moe_every": 4}, "0 dense, then every 4")):
+        with pytest.raises(UpcycleError, match=f"{said}.* leaves no layer with experts; the model has 3"):
+            copy_plan(dense("llama"), layers=rule)
 
 
 def test_layers_outside_the_model_are_named(dense):

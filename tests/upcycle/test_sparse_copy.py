@@ -24,6 +24,10 @@ EXACT = [
     ("qwen3", "moe_runtime"),
     ("qwen3", "qwen3_moe"),
     ("cohere", "moe_runtime"),
+    ("llama", "granitemoe"),
+    ("granite", "granitemoe"),
+    ("olmo2", "flex_olmo"),
+    ("phi3-mini", "mixtral"),
 ]
 
 

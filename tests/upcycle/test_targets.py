@@ -14,6 +14,9 @@ EXACT = [
     ("qwen2", "qwen2_moe"),
     ("qwen3", "qwen3_moe"),
     ("cohere", "moe_runtime"),
+    ("llama", "granitemoe"),
+    ("granite", "granitemoe"),
+    ("olmo2", "flex_olmo"),
 ]
 
 
