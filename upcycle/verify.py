@@ -125,7 +125,7 @@ def differences(record: dict[str, Any], model: ModelConfig) -> tuple[str, ...]:
         record: upcycle.json of the output.
         model: its description.
     """
-    reasons = _method_differences(record["recipe"])
+    reasons = _method_differences(record.get("recipe", {}))
     if record.get("post_training", {}).get("epochs"):
         reasons.append("it was trained after it was assembled")
     assignment = record["assignment"]
@@ -139,7 +139,7 @@ def differences(record: dict[str, Any], model: ModelConfig) -> tuple[str, ...]:
         reasons.append("the sources differ")
     all_chosen = model.num_experts_per_tok == model.num_experts and model.router_score == "softmax"
     # The experts of method shared_expert add nothing, and replicate keeps the gates.
-    gates_count = record["method"] not in ("shared_expert", "replicate")
+    gates_count = record.get("method") not in ("shared_expert", "replicate")
     if gates_count and model.router_gate == "raw" and not all_chosen:
         reasons.append("router.gate 'raw' scales each expert's output by its score")
     if gates_count and model.router_scale != 1.0:
