@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from benchmarks.ablation.section import SHOWS, draw_ablation
 from moe_runtime.html import plain_axes, svg
 
 Rows = list[dict[str, Any]]
@@ -39,6 +40,8 @@ def draw(contents: Mapping[str, dict[str, Any]]) -> dict[str, tuple[str, str, st
     if "moe_layer" in rows:
         shown = "FLOPs and time as multiples of the dense layer of one expert's width."
         found["flops_dense.svg"] = ("moe_layer", shown, _against_dense(rows["moe_layer"]))
+    if "ablation" in contents:
+        found["ablation.svg"] = ("ablation", SHOWS, draw_ablation(contents["ablation"]))
     placed = {
         suite: _placed(rows[suite]) for suite in ("experts_cpu", "end_to_end", "expert_ffn") if suite in rows
     }

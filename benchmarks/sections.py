@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ablation.section import ablation_rows, explained
 from benchmarks.bars import BARS, MODEL
 
 NOTES = Path(__file__).resolve().parent / "notes"  # <suite>.md: what a reader must know beside the numbers
@@ -96,6 +97,17 @@ def _demo_section(report: dict[str, Any], path: Path, root: Path) -> list[str]:
         sentences,
         _caveat(report),
         _origin(report, path, root),
+    ]
+
+
+def _ablation_section(content: dict[str, Any], path: Path, root: Path) -> list[str]:
+    sentences = "\n".join(f"- {sentence}" for sentence in content["conclusions"])
+    return [
+        "## Upcycling methods on a small model",
+        explained(content),
+        _table(*ablation_rows(content)),
+        sentences,
+        _origin(content, path, root),
     ]
 
 
@@ -467,5 +479,6 @@ SECTIONS = {  # in the order of the page
         "through oneDNN, elsewhere it stays the same function. Timed in turns; medians.",
     ),
     "tune": _tuned_section,
+    "ablation": _ablation_section,
     "demo": _demo_section,
 }
