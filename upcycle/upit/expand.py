@@ -55,7 +55,7 @@ def expand(
         folder: where children and the list of all experts go.
 
     Raises:
-        UpcycleError: there are fewer than two experts to start from, or no pair is left.
+        UpcycleError: there are fewer than two experts to start from, or they are of several kinds or bases.
     """
     folder = Path(folder)
     pool = [open_expert(path) for path in checkpoints]
@@ -67,9 +67,8 @@ def expand(
     used: set[tuple[int, int]] = set()
     while len(pool) < count:
         number = len(pool)
+        # never empty: every child makes more pairs than it uses
         free = [pair for pair in combinations(range(number), 2) if pair not in used]
-        if not free:
-            raise UpcycleError(f"expand has no pair of parents left at {number} experts, {count} are wanted")
         if settings.parents == "random":
             draw = generator(seed, f"parents {number}").integers(len(free))
             pair, similarity = free[int(draw)], None

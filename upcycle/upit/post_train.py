@@ -146,7 +146,7 @@ def _write(recipe: UpitRecipe, model: Any, assembled: Path, result: dict[str, An
             del values[name]
         write_synced_json(folder / RECORD_NAME, {**record, "upit": values, "post_training": result})
         write_text(folder / "README.md", _card(recipe, record["parameters"], values))
-        for path in folder.glob("*.safetensors"):
+        for path in folder.rglob("*.safetensors"):
             path.chmod(0o644)
 
 

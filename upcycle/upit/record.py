@@ -15,10 +15,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from upcycle import names
 from upcycle.checkpoint import Checkpoint, read_json
 from upcycle.errors import UpcycleError
 from upcycle.sources import open_source
-from upcycle.stored import stored_shapes
+from upcycle.stored import stored_rows, stored_shapes
 from upcycle.upit.expert import (
     LORA_A,
     LORA_B,
@@ -172,7 +173,7 @@ class Recorder:
 
     def start(self, model: Any) -> None:
         """Check that the model is the base, before it is trained."""
-        parameters = _parameters(model)
+        parameters = self._parameters(model)
         wanted = self.feed_forward
         if self.recording.kind != "lora":  # a mean is made of the others too
             wanted = wanted | stored_shapes(self.base, dense_config(self.base)).keys()
@@ -202,7 +203,9 @@ class Recorder:
         if self.recording.kind == "lora":
             tensors = self._factors(model)
         else:
-            tensors = {name: value for name, value in _parameters(model).items() if name in self.feed_forward}
+            tensors = {
+                name: value for name, value in self._parameters(model).items() if name in self.feed_forward
+            }
         dtype = HEADER_DTYPE[self.recording.dtype]
         save_expert(self.folder / entry.folder, self.base, self.recording.kind, dtype, tensors)
         before, rest = self.recording.rest, None
@@ -218,7 +221,7 @@ class Recorder:
         """mean_n = mean_(n-1) + (x_n - mean_(n-1)) / n, tensor by tensor."""
         tensors = {
             name: value
-            for name, value in _parameters(model).items()
+            for name, value in self._parameters(model).items()
             if name not in self.feed_forward and name in self.base.tensors
         }
 
@@ -234,6 +237,21 @@ class Recorder:
 
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         write_expert(self.folder / rest, self.base, "value", "F32", shapes, means())
+
+    def _parameters(self, model: Any) -> dict[str, Any]:
+        """By the names that the base's checkpoint has, adapters left out."""
+        # what shares another's memory counts: a base may store a tied head
+        parameters = {
+            name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", "."): parameter
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if ".lora_" not in name
+        }
+        # the one module that transformers names otherwise than some checkpoints do
+        head = stored_rows(self.base, dense_config(self.base))[names.HEAD].tensor.removesuffix(".weight")
+        for kind in ("weight", "bias"):
+            if f"lm_head.{kind}" in parameters:
+                parameters.setdefault(f"{head}.{kind}", parameters[f"lm_head.{kind}"])
+        return parameters
 
     def _factors(self, model: Any) -> dict[str, Any]:
         """lora_A and lora_B of every adapted feed-forward weight, the scaling multiplied into lora_B."""
@@ -259,12 +277,3 @@ def _index(recording: Recording) -> dict[str, Any]:
     values = asdict(recording)
     del values["folder"]
     return values
-
-
-def _parameters(model: Any) -> dict[str, Any]:
-    """By the names that the base's checkpoint has, adapters left out."""
-    return {
-        name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", "."): parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)  # a base may store a tied head
-        if ".lora_" not in name
-    }
