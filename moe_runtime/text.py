@@ -32,7 +32,15 @@ def token_rows(
             text = file.read(_CHARACTERS_PER_TOKEN * max_tokens)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be UTF-8 text, and is not: {error.reason}") from None
+    rows = rows_of_text(text, tokenizer, max_tokens=max_tokens, longest_row=longest_row)
+    num_tokens = sum(row.shape[1] for row in rows)
+    if num_tokens < min_tokens:
+        raise ValueError(f"{path} must give at least {min_tokens} tokens, got {num_tokens}")
+    return rows
+
+
+def rows_of_text(text: str, tokenizer: Any, *, max_tokens: int, longest_row: int) -> tuple[Tensor, ...]:
+    """The same of a text in memory; no rows of no tokens."""
     ids = tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"]
-    if len(ids) < min_tokens:
-        raise ValueError(f"{path} must give at least {min_tokens} tokens, got {len(ids)}")
-    return tuple(row[None] for row in torch.tensor(ids).split(min(ROW_LENGTH, longest_row)))
+    rows = torch.tensor(ids, dtype=torch.int64).split(min(ROW_LENGTH, longest_row))
+    return tuple(row[None] for row in rows if len(row))

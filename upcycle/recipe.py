@@ -55,8 +55,8 @@ class RouterRecipe:
     std: float = 0.02  # of the normal distribution that every router's weights are drawn from
     seed: int = 0
     row_norm: float | None = None  # length of every row; None: 10 for ridge, 1 for orthogonal and centroid
-    data: tuple[str, ...] = ()  # one text file per expert
-    max_tokens: int = 8192  # of each file
+    data: tuple[str | tuple[str, ...], ...] = ()  # for each expert a text file, or prompts
+    max_tokens: int = 8192  # of each file or prompt
     lam: float = 0.01  # of ridge, times the mean square of a router input
     path: str = ""  # of a file with the weights
     aux_loss_coef: float = 0.01
@@ -123,7 +123,7 @@ class RouterRecipe:
                 return f"router weights of {self.path}"
         return (
             f"{self.init} of the routers' inputs when the base reads at most {self.max_tokens:,} tokens of "
-            f"each of {', '.join(self.data)}; computed before anything is written"
+            f"each of {', '.join(map(name_of_data, self.data))}; computed before anything is written"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,7 +131,9 @@ class RouterRecipe:
         values = asdict(self)
         for name in {name for names in _OF_INIT.values() for name in names} - {*_OF_INIT[self.init]}:
             del values[name]
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        if "data" in values:
+            values["data"] = [text if isinstance(text, str) else list(text) for text in self.data]
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,8 +393,13 @@ def _check_above_zero(name: str, value: object) -> None:
         raise RecipeError(f"{name} must be finite and above 0, got {value}")
 
 
-def _data_in_order(data: object) -> tuple[str, ...]:
-    """The text files of experts 0, 1, 2 …, from a list or from lines 'expert: file'."""
+def name_of_data(text: str | tuple[str, ...]) -> str:
+    """The path of a file; prompts are only counted."""
+    return text if isinstance(text, str) else f"{len(text)} prompt(s)"
+
+
+def _data_in_order(data: object) -> tuple[str | tuple[str, ...], ...]:
+    """The texts of experts 0, 1, 2 …, from a list or from lines 'expert: text'."""
     if isinstance(data, Mapping):
         if sorted(data, key=str) != sorted(range(len(data)), key=str):
             raise RecipeError(f"router.data must name experts 0 to {len(data) - 1}, got {[*data]}")
@@ -401,9 +408,14 @@ def _data_in_order(data: object) -> tuple[str, ...]:
     assert isinstance(data, tuple)
     if not data:
         raise RecipeError("router.data must name one text file for each expert, got none")
-    for path in data:
-        check_type("router.data", path, str)
-    return data
+    texts = tuple(tuple(text) if isinstance(text, list) else text for text in data)
+    for text in texts:
+        prompts = text if isinstance(text, tuple) else (text,)
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise RecipeError(
+                f"router.data must hold a text file or a list of prompts for each expert, got {text!r}"
+            )
+    return texts
 
 
 def _check_layers(layers: object) -> None:

@@ -87,7 +87,7 @@ def compute(
         raise UpcycleError(f"router.init {recipe.init!r}: {error}") from error
     save_file({name: weight.float().cpu().contiguous() for name, weight in rows.items()}, path)
     record: dict[str, Any] = {
-        "texts": [{"path": text.path, "sha256": text.sha256, "tokens": text.num_tokens} for text in texts],
+        "texts": [{"name": text.name, "sha256": text.sha256, "tokens": text.num_tokens} for text in texts],
     }
     if conditions:
         record["largest_condition"] = float(f"{max(conditions.values()):.0e}")
@@ -95,19 +95,30 @@ def compute(
 
 
 def _read_texts(plan: "UpcyclePlan") -> "list[Text]":
-    from moe_runtime.hf.loading import load_tokenizer
     from upcycle.routers.texts import read_text
 
-    tokenizer = load_tokenizer(plan.base.folder)
+    tokenizer = _tokenizer(plan.base)
     return [
         read_text(
-            path,
+            text,
             tokenizer,
             max_tokens=plan.recipe.router.max_tokens,
             longest_row=plan.dense.max_position_embeddings,
         )
-        for path in plan.recipe.router.data
+        for text in plan.recipe.router.data
     ]
+
+
+def _tokenizer(base: Checkpoint) -> Any:
+    from moe_runtime.hf.loading import load_tokenizer
+
+    if base.file is None:
+        return load_tokenizer(base.folder)
+    from moe_runtime.hf.gguf_source import save_gguf_tokenizer
+
+    with TemporaryDirectory(prefix="moe-runtime-tokenizer-") as folder:
+        save_gguf_tokenizer(base.location, Path(folder))
+        return load_tokenizer(folder)
 
 
 def _load(plan: "UpcyclePlan", device: Any) -> Any:

@@ -36,9 +36,9 @@ def check_routers(recipe: RouterRecipe, model: ModelConfig, shapes: Shapes) -> C
         UpcycleError: a file is missing or has other tensors than `shapes`, or more rows than columns are
             asked to be orthogonal.
     """
-    for path in recipe.data:
-        if not Path(path).expanduser().is_file():
-            raise UpcycleError(f"router.data: there is no file {path}")
+    for text in recipe.data:
+        if isinstance(text, str) and not Path(text).expanduser().is_file():
+            raise UpcycleError(f"router.data: there is no file {text}")
     experts = max(model.num_experts, model.num_attention_experts)
     if recipe.init == "orthogonal" and experts > model.hidden_size:
         raise UpcycleError(

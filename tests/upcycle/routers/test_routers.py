@@ -194,6 +194,31 @@ def test_upcycle_json_names_the_texts(run, branches, texts):
     assert "its routers are a ridge regression" in (folder / "README.md").read_text()
 
 
+def test_prompts_stand_in_the_recipe_itself(run, branches):
+    """Every prompt is a row of its own; the mean is over the tokens of all."""
+    prompts = [["abc", "defg"], ["0123456"], ["!?", "?!"]]
+    folder = run(method="btx", sources=branches, router={"init": "centroid", "data": prompts})
+    parts = [[mlp_inputs(branches[0], prompt) for prompt in of_expert] for of_expert in prompts]
+    mean_ELD = torch.stack([torch.cat(of_expert, 1).mean(1) for of_expert in parts])
+    expected = torch.nn.functional.normalize(mean_ELD - mean_ELD.mean(0), dim=2)
+    for layer in range(3):
+        name = f"{MLP.format(layer)}.weight"
+        assert_equal_up_to_rounding(name, routers_of(folder)[name], expected[:, layer].float())
+    record = json.loads((folder / "upcycle.json").read_text())
+    assert record["recipe"]["router"]["data"] == prompts
+    assert [text["name"] for text in record["routers"]["texts"]] == [
+        "2 prompt(s)",
+        "1 prompt(s)",
+        "2 prompt(s)",
+    ]
+    assert [text["tokens"] for text in record["routers"]["texts"]] == [7, 7, 4]
+
+
+def test_empty_prompts_are_refused(run, branches):
+    with pytest.raises(UpcycleError, match=r"prompts of router\.data must not be empty, got \[''\]"):
+        run(method="btx", sources=branches, router={"init": "centroid", "data": [["a"], [""], ["b"]]})
+
+
 def test_only_layers_with_experts_get_routers(run, branches, texts):
     routers = routers_of(
         run(method="btx", sources=branches, layers=[1], router={"init": "ridge", "data": texts})
@@ -271,7 +296,11 @@ WRONG = [
     ({"init": "file"}, "router.path must name the file of router weights that init 'file' reads"),
     ({"init": "ridge"}, "router.data must name one text file for each expert, got none"),
     ({"init": "ridge", "data": "a.txt"}, "router.data must be a list, got 'a.txt'"),
-    ({"init": "ridge", "data": ["a.txt", 3, "c"]}, "router.data must be a text, got 3"),
+    (
+        {"init": "ridge", "data": ["a.txt", 3, "c"]},
+        "must hold a text file or a list of prompts for each expert, got 3",
+    ),
+    ({"init": "ridge", "data": ["a.txt", [], "c"]}, r"or a list of prompts for each expert, got \(\)"),
     ({"init": "ridge", "data": ["a", "b"]}, "one text file for each of the 3 experts, got 2"),
     ({"init": "ridge", "data": {0: "a", 2: "b", 3: "c"}}, r"must name experts 0 to 2, got \[0, 2, 3\]"),
     ({"init": "ridge", "data": [*"abc"], "lam": 0}, "router.lam must be finite and above 0, got 0"),
