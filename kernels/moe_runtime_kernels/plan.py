@@ -74,7 +74,9 @@ def make_plan_reference(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Te
     offset_E = torch.searchsorted(sorted_N, expert_E, right=True, out_int32=True)
     count_E = offset_E.diff(prepend=offset_E.new_zeros(1))
     tiles_ME = torch.stack([-(-count_E // height) for height in TILE_HEIGHTS])
-    row_TK = torch.where(kept_N, slot_N.argsort(), -1).view(T, K)
+    position_N = torch.arange(T * K, device=slot_N.device)
+    row_N = torch.empty_like(slot_N).scatter_(0, slot_N, position_N)  # the inverse of slot_N
+    row_TK = torch.where(kept_N, row_N, -1).view(T, K)
     slot_N = torch.where(sorted_N < num_experts, slot_N, -1)
     token_N = torch.where(sorted_N < num_experts, slot_N // K, -1)
     return row_TK.int(), token_N.int(), slot_N.int(), offset_E, tiles_ME.cumsum(1, dtype=torch.int32)
