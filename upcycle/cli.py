@@ -72,6 +72,7 @@ def verify_command(
         table.add_row("largest difference of a logit", f"{result.max_abs_diff:.2e}")
         table.add_row("the same with equal gates", f"{result.max_abs_diff_equal_gates:.2e}")
         table.add_row("the same in float64", f"{result.max_abs_diff_float64:.2e}")
+        table.add_row("divergence from the base, nats per token", f"{result.divergence:.2e}")
         table.add_row("largest logit of the base", f"{result.max_abs_logit:.2e}")
         table.add_row("float32 rounding of the base", f"{result.rounding:.2e}")
         if result.must_be_equal:

@@ -50,6 +50,7 @@ class Verification:
     max_abs_diff: float  # over all logits, in float32
     max_abs_diff_equal_gates: float  # the same with routers of zeros, whose gates are exactly equal
     max_abs_diff_float64: float  # in float64: what is not rounding
+    divergence: float  # mean KL(base || output) of the next token, in nats: what text like the base's loses
     max_abs_logit: float  # of the base
     rounding: float  # largest difference between the base's logits in float32 and in float64
     finite: bool
@@ -103,6 +104,10 @@ def verify(path: str | Path) -> Verification:
     with plain_folder(base) as dense_folder:
         expected, _, expected_exact = _logits(dense_folder, tokens, dtype)
     logits, logits_equal_gates, logits_exact = _logits(folder, tokens, "F32")
+    if method == "granular":  # the shards of a copy are chosen together by the routers that were drawn only
+        logits_equal_gates = logits
+    base_exact = expected_exact.log_softmax(-1)
+    divergence = (base_exact.exp() * (base_exact - logits_exact.log_softmax(-1))).sum(-1).mean()
     return Verification(
         path=str(folder),
         base=str(base.location),
@@ -112,6 +117,7 @@ def verify(path: str | Path) -> Verification:
         max_abs_logit=expected.abs().max().item(),
         max_abs_diff_equal_gates=(logits_equal_gates - expected).abs().max().item(),
         max_abs_diff_float64=(logits_exact - expected_exact).abs().max().item(),
+        divergence=divergence.item(),
         rounding=(expected - expected_exact).abs().max().item(),
         finite=bool(logits.isfinite().all()),
         not_equal_because=reasons,
