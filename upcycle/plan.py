@@ -1,9 +1,7 @@
 """Recipe and sources -> plan: everything a run will do, decided and checked before a weight is read."""
 
-import filecmp
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_runtime.config import ModelConfig
@@ -19,7 +17,7 @@ from upcycle import (
     shared_expert,
     sparse_copy,
 )
-from upcycle.checkpoint import Checkpoint, read_json
+from upcycle.checkpoint import Checkpoint
 from upcycle.errors import RecipeError, UpcycleError
 from upcycle.layout import ExpertBands, Layout, copied, feed_forward_tasks, unmixed_task
 from upcycle.method_sections import LayersRecipe
@@ -27,6 +25,7 @@ from upcycle.recipe import Recipe
 from upcycle.routers.file import check_routers, router_shapes
 from upcycle.sources import AdapterSource, open_source
 from upcycle.sources.moe import per_expert
+from upcycle.sources.vocabulary import check_vocabularies
 from upcycle.stored import StoredNames, stored_names, stored_shapes, under_our_names
 from upcycle.targets import EMPTY_SHARED_WIDTH, target_config_json
 from upcycle.tasks import Assignment, TensorTask
@@ -106,7 +105,7 @@ def make_plan_for(recipe: Recipe) -> UpcyclePlan:
         _check_tensors(source, stored_shapes(source, config, shapes), stored_names(source, config))
     sources = tuple(under_our_names(source, dense, shapes) for source in sources)
     base = sources[paths.index(recipe.base)]
-    _check_vocabularies(base, sources)
+    check_vocabularies(base, sources)
     _check_block(recipe, base, dense)
     model = method.describe(recipe, dense if is_mixture else _output_model(recipe, dense))
     dtype = _HEADER_DTYPE[recipe.dtype] if recipe.dtype else base.tensors[names.EMBEDDING].dtype
@@ -191,11 +190,8 @@ def _chosen_layers(recipe: Recipe, num_layers: int) -> tuple[int, ...] | None:
         first, every = layers.first_dense, layers.moe_every
         layers = tuple(n for n in range(first, num_layers) if (n + 1) % every == 0)
         if not layers:
-            said = (
-                "'every_other'"
-                if recipe.layers == "every_other"
-                else f"first_dense {first}, moe_every {every}"
-            )
+            every_other = recipe.layers == "every_other"
+            said = "'every_other'" if every_other else f"{first} dense, then every {every}"
             raise RecipeError(f"layers {said} leaves no layer with experts; the model has {num_layers}")
     assert isinstance(layers, tuple)
     for number in layers:
@@ -276,23 +272,6 @@ def _check_tensors(source: Checkpoint, shapes: dict[str, tuple[int, ...]], store
                 f"{source.folder}: tensor {name} has no place in a {source.config_json['model_type']} model; "
                 "merge or remove what was added to it"
             )
-
-
-def _check_vocabularies(base: Checkpoint, sources: tuple[Checkpoint, ...]) -> None:
-    """Tokens must mean the same in all sources, as far as their tokenizer.json files can tell."""
-    for source in sources:
-        ours, theirs = base.folder / "tokenizer.json", source.folder / "tokenizer.json"
-        if not ours.exists() or not theirs.exists() or filecmp.cmp(ours, theirs, shallow=False):
-            continue
-        if _vocabulary(ours) != _vocabulary(theirs):
-            raise UpcycleError(
-                f"the sources must share one vocabulary, but that of {ours} differs from that of {theirs}"
-            )
-
-
-def _vocabulary(tokenizer: Path) -> Any:
-    model = read_json(tokenizer).get("model")
-    return model.get("vocab") if isinstance(model, dict) else None
 
 
 def _check_block(recipe: Recipe, base: Checkpoint, dense: ModelConfig) -> None:
