@@ -28,7 +28,8 @@ from moe_runtime.attention import MixtureOfAttention, rotary_tables, rotate
 
 def dense_like(layer: MixtureOfAttention, **options) -> MixtureOfAttention:
     c = layer.config
-    same = {"bias": c.bias, "output_bias": c.output_bias, "qk_norm": c.qk_norm}
+    names = ("bias", "output_bias", "qk_norm", "scale", "logit_cap")
+    same = {name: getattr(c, name) for name in names}
     return mixture(kv_heads=c.num_kv_heads, num_experts=1, **(same | options))
 
 
@@ -92,15 +93,20 @@ class TestPlainAttention:
             x = getattr(layer, f"{name}_proj")(x_BLD).unflatten(-1, (-1, P))
             if c.qk_norm is not None and name in "qk":
                 x = x - x.mean(-1, keepdim=True) if c.qk_norm == "layer_norm" else x
-                rms = (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt()
-                x = x / rms * getattr(layer, f"{name}_norm").weight
+                over = (-2, -1) if c.qk_norm == "joint_rms_norm" else -1
+                rms = (x.square().mean(over, keepdim=True) + c.norm_eps).sqrt()
+                weight = getattr(layer, f"{name}_norm").weight
+                x = x / rms * (1 + weight if c.qk_norm == "offset_rms_norm" else weight)
             sides[name] = x if name == "v" else rotate(x, rotary(torch.promote_types(x.dtype, torch.float32)))
         age_LL = torch.arange(L)[:, None] - torch.arange(L)
         hidden_LL = (age_LL < 0) | (age_LL >= (c.sliding_window or L))
         outputs = []
         for head in range(H):
             kv_head = head * c.num_kv_heads // H
-            score_BLL = sides["q"][:, :, head] @ sides["k"][:, :, kv_head].transpose(1, 2) / math.sqrt(P)
+            scale = 1 / math.sqrt(P) if c.scale is None else c.scale
+            score_BLL = sides["q"][:, :, head] @ sides["k"][:, :, kv_head].transpose(1, 2) * scale
+            if c.logit_cap is not None:
+                score_BLL = (score_BLL / c.logit_cap).tanh() * c.logit_cap
             weight_BLL = score_BLL.masked_fill(hidden_LL, -math.inf).softmax(-1)
             outputs.append(weight_BLL @ sides["v"][:, :, kv_head])
         return layer.o_proj(torch.cat(outputs, -1))
@@ -112,6 +118,10 @@ class TestPlainAttention:
             {"kv_heads": 1, "bias": True, "output_bias": True},
             {"qk_norm": "rms_norm"},
             {"qk_norm": "layer_norm"},
+            {"qk_norm": "offset_rms_norm", "scale": 0.9},
+            {"qk_norm": "joint_rms_norm"},
+            {"logit_cap": 0.4, "kv_heads": 1},
+            {"logit_cap": 0.4, "sliding_window": 3, "scale": 0.9},
             {"sliding_window": 3},
             {"sliding_window": 3 * L},
         ],
@@ -173,7 +183,12 @@ class TestRotary:
         assert (layer(x_BLD) - call(layer, x_BLD)).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("options", [{}, EVERYTHING, {"top_k": 2}], ids=["plain", "biases-norms", "top-2"])
+JOINT = {"qk_norm": "joint_rms_norm", "scale": 0.9, "logit_cap": 0.7}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, EVERYTHING, {"top_k": 2}, JOINT], ids=["plain", "biases-norms", "top-2", "joint-norms"]
+)
 @pytest.mark.parametrize(("kv", "heads"), KV_VARIANTS)
 def test_one_call_equals_the_loop_over_experts(kv, heads, options):
     assert_same_function(call, loop, mixture(kv, heads, **options), randn(B, L, D))

@@ -14,11 +14,15 @@ SHAPES = [
     pytest.param({"kind": "sequential"}, id="sequential"),
     pytest.param({"kind": "parallel", "num_norms": 1}, id="parallel-1-norm"),
     pytest.param({"kind": "parallel", "num_norms": 2}, id="parallel-2-norms"),
+    pytest.param({"norm_placement": "after", "residual_multiplier": 0.3}, id="norms-after"),
+    pytest.param({"norm_placement": "both"}, id="norms-on-both-sides"),
+    pytest.param({"residual_multiplier": 0.3}, id="scaled"),
 ]
 NORMS = [
     pytest.param({"norm": "rms_norm"}, id="rms"),
     pytest.param({"norm": "layer_norm"}, id="layer-norm"),
     pytest.param({"norm": "layer_norm", "norm_bias": True}, id="layer-norm-bias"),
+    pytest.param({"norm": "offset_rms_norm"}, id="offset-rms"),
 ]
 
 
@@ -49,17 +53,27 @@ def rotary(x):
 
 
 def written_out(layer: Block, x_BLD):
-    first, second = layer.input_layernorm, layer.post_attention_layernorm
-    n_BLD = first(x_BLD)
-    attended = layer.self_attn(n_BLD, rotary(x_BLD))
+    def attention(x_BLD):
+        return layer.self_attn(x_BLD, rotary(x_BLD))
 
     def feed_forward(x_BLD):
         y = layer.mlp(x_BLD)
         return y[0] if isinstance(y, tuple) else y
 
+    first, second = layer.input_layernorm, layer.post_attention_layernorm
+    third, fourth = layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm
+    m = layer.block_config.residual_multiplier
+    if layer.block_config.norm_placement == "after":
+        h_BLD = x_BLD + m * second(attention(x_BLD))
+        return h_BLD + m * fourth(feed_forward(h_BLD))
+    if layer.block_config.norm_placement == "both":
+        h_BLD = x_BLD + m * second(attention(first(x_BLD)))
+        return h_BLD + m * fourth(feed_forward(third(h_BLD)))
+    n_BLD = first(x_BLD)
+    attended = m * attention(n_BLD)
     if layer.block_config.kind == "sequential":
         h_BLD = x_BLD + attended
-        return h_BLD + feed_forward(second(h_BLD))
+        return h_BLD + m * feed_forward(second(h_BLD))
     return x_BLD + attended + feed_forward(n_BLD if second is None else second(x_BLD))
 
 
@@ -108,14 +122,15 @@ def test_losses_come_out_of_a_mixture_and_not_of_a_dense_block():
     assert out.count_E.sum() == 2 * mask_BL.sum()
 
 
-@pytest.mark.parametrize("kind", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("kind", ["rms_norm", "layer_norm", "offset_rms_norm"])
 @pytest.mark.parametrize("shape", [(D,), (3, 4)], ids=["layer", "per-head"])
 def test_norms_equal_their_formula_in_bfloat16_too(kind, shape):
     norm = make_norm(kind, *shape, eps=1e-3)
     perturb(norm)
     x = randn(B, L, *shape)
     centred = x.double() - (x.double().mean(-1, keepdim=True) if kind == "layer_norm" else 0)
-    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight.double()
+    weight = norm.weight.double() + (kind == "offset_rms_norm")
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight
     torch.testing.assert_close(norm(x), expected.float())
     low = norm.bfloat16()(x.bfloat16())
     assert low.dtype == torch.bfloat16
@@ -126,6 +141,7 @@ def test_norm_kinds():
     assert isinstance(make_norm("rms_norm", D, eps=1e-6), RMSNorm)
     assert make_norm("layer_norm", D, eps=1e-6).bias is None
     assert isinstance(make_norm("layer_norm", D, eps=1e-6, bias=True), LayerNorm)
+    assert not make_norm("offset_rms_norm", D, eps=1e-6).weight.any()
 
 
 def test_a_parallel_block_is_the_block_of_that_kind_and_no_other():

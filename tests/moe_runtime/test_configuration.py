@@ -1,12 +1,19 @@
 """The transformers configuration: its fields, its checks, its way through config.json."""
 
+import json
 from dataclasses import MISSING, fields
 
 import pytest
 from tiny_models import BAM, BAM_SHARED_KV, DENSE, KINDS, MOE
 from transformers import AutoConfig
 
-from moe_runtime.config import AttentionConfig, FeedForwardConfig, ModelConfig, RouterConfig
+from moe_runtime.config import (
+    LEFT_OUT_DEFAULTS,
+    AttentionConfig,
+    FeedForwardConfig,
+    ModelConfig,
+    RouterConfig,
+)
 from moe_runtime.hf import MoeRuntimeConfig
 
 
@@ -30,6 +37,19 @@ def test_every_default_is_that_of_the_model_config():
             continue
         default = field.default_factory() if field.default_factory is not MISSING else field.default
         assert getattr(config, field.name) == default, field.name
+
+
+def test_later_fields_are_in_the_file_only_where_they_say_something(tmp_path):
+    MoeRuntimeConfig(**MOE).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert not LEFT_OUT_DEFAULTS.keys() & written.keys()
+    assert not LEFT_OUT_DEFAULTS.keys() & MoeRuntimeConfig(**MOE).model_config().to_dict().keys()
+    changed = {"norm_placement": "both", "rope_layers": [1], "final_logit_softcapping": 3.0}
+    config = MoeRuntimeConfig(**MOE, **changed)
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert {name: written[name] for name in LEFT_OUT_DEFAULTS.keys() & written.keys()} == changed
+    assert AutoConfig.from_pretrained(tmp_path).model_config() == config.model_config()
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -66,6 +86,11 @@ def test_rope_settings_of_older_files_are_understood(older):
         ({"layer_types": ["full_attention", "chunked"]}, "layer_types must be one of 'full_attention'"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window must be a number"),
         ({"norm_bias": True}, "norm_bias must be False with norm 'rms_norm'"),
+        ({"norm_placement": "around"}, "norm_placement must be one of 'before', 'after', 'both', got"),
+        ({"norm_placement": "after", "block": "parallel"}, "norm_placement must be 'before' in a parallel"),
+        ({"rope_layers": [2]}, "rope_layers must name layers between 0 and 1, got 2"),
+        ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping must be a number above 0, got 0.0"),
+        ({"embedding_multiplier": float("inf")}, "embedding_multiplier must be a number above 0, got inf"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}}, "must be an even width"),
         ({"num_norms": 1}, "num_norms must be 2 in a sequential block, got 1"),
         ({"num_norms": 3}, "num_norms must be one of 1, 2, got 3"),

@@ -6,11 +6,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import transformers
+from transformers.activations import ACT2FN
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_runtime.config import ModelConfig
-from moe_runtime.families import KNOWN_FAMILIES, model_config
+from moe_runtime.families import DENSE_FAMILIES, KNOWN_FAMILIES, model_config
 
+X = torch.linspace(-4, 4, 33)
 TINY = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -28,6 +32,13 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
     "rope_theta": 5e5,
+}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 2.0],
+    "long_factor": [2.0, 4.0],
+    "original_max_position_embeddings": 64,
+    "rope_theta": 100.0,
 }
 CASES = [
     pytest.param("Llama", {}, id="llama"),
@@ -68,6 +79,21 @@ CASES = [
     pytest.param(
         "Qwen3Moe", {**QWEN_EXPERTS, "use_sliding_window": True, "head_dim": 16}, id="qwen3-moe-window"
     ),
+    pytest.param("Olmo2", {"attention_bias": True}, id="olmo2"),
+    pytest.param("Granite", {"logits_scaling": 3.0, "attention_multiplier": 0.125}, id="granite"),
+    pytest.param("Gemma2", {}, id="gemma2"),
+    pytest.param("Gemma2", {"sliding_window": 8, "attn_logit_softcapping": None}, id="gemma2-no-cap"),
+    pytest.param("Gemma3Text", {}, id="gemma3"),
+    pytest.param("Phi3", {"rope_parameters": {**LONG_ROPE, "partial_rotary_factor": 0.5}}, id="phi3-long"),
+    pytest.param("Starcoder2", {"use_bias": False, "sliding_window": 8}, id="starcoder2"),
+    pytest.param("Cohere2", {"sliding_window": 8}, id="cohere2"),
+    pytest.param("GPTNeoX", {"hidden_act": "gelu_fast"}, id="gpt-neox"),
+    pytest.param("Phi", {"partial_rotary_factor": 0.25}, id="phi"),
+    pytest.param("GPTJ", {"rotary_dim": 4, "n_inner": 48}, id="gptj"),
+    pytest.param("Falcon", {"ffn_hidden_size": 48, "num_kv_heads": 2}, id="falcon"),
+    pytest.param("Olmoe", EXPERTS, id="olmoe"),
+    pytest.param("FlexOlmo", {**EXPERTS, "norm_topk_prob": True}, id="flex-olmo"),
+    pytest.param("GraniteMoe", {"num_local_experts": 4, "num_experts_per_tok": 2}, id="granitemoe"),
 ]
 
 
@@ -85,8 +111,16 @@ def as_version_4(config_json):
     old = {
         name: value for name, value in config_json.items() if name not in ("rope_parameters", "layer_types")
     }
-    rope = dict(config_json["rope_parameters"])
-    old["rope_theta"] = rope.pop("rope_theta")
+    rope = dict(config_json.get("rope_parameters") or {"rope_theta": 10000.0, "rope_type": "default"})
+    if "full_attention" in rope:
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
+    theta, part = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}.get(
+        config_json["model_type"], ("rope_theta", "partial_rotary_factor")
+    )
+    old[theta] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        old[part] = rope.pop("partial_rotary_factor")
     kind = rope.pop("rope_type")
     old["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **rope}
     if "num_local_experts" in old and old["model_type"] != "mixtral":
@@ -100,16 +134,48 @@ def check_against_class(actual: ModelConfig, config):
     assert actual.vocab_size == config.vocab_size
     assert actual.num_hidden_layers == config.num_hidden_layers
     assert actual.num_attention_heads == heads
-    assert actual.num_key_value_heads == (config.num_key_value_heads or heads)
+    own_key = {"falcon": "num_kv_heads"}.get(config.model_type, "num_key_value_heads")
+    kv_heads = 1 if getattr(config, "multi_query", False) else getattr(config, own_key, None)
+    assert actual.num_key_value_heads == (kv_heads or heads)
     assert actual.head_dim == (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    assert actual.intermediate_size == config.intermediate_size
+    width = first_of(config, "intermediate_size", "ffn_hidden_size", "n_inner") or 4 * config.hidden_size
+    assert actual.intermediate_size == width
     assert actual.max_position_embeddings == config.max_position_embeddings
-    assert actual.norm_eps == getattr(config, "rms_norm_eps", getattr(config, "layer_norm_eps", None))
+    epsilons = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+    assert actual.norm_eps == first_of(config, *epsilons)
     assert actual.tie_word_embeddings == config.tie_word_embeddings
-    assert actual.logit_scale == getattr(config, "logit_scale", 1.0)
-    assert actual.hidden_act == config.hidden_act
-    rope = {name: value for name, value in config.rope_parameters.items() if name != "type"}
+    scale = 1.0 / getattr(config, "logits_scaling", 1.0)
+    assert actual.logit_scale == getattr(config, "logit_scale", scale)
+    activation = first_of(config, "hidden_activation", "hidden_act", "activation_function", "activation")
+    assert ACT2FN[actual.hidden_act.replace("gelu_tanh", "gelu_pytorch_tanh")](X).allclose(
+        ACT2FN[activation](X), rtol=0, atol=1e-6
+    )
+    check_windows_and_rope(actual, config)
+    for name in ("embedding_multiplier", "residual_multiplier", "final_logit_softcapping"):
+        if hasattr(config, name):
+            assert getattr(actual, name) == getattr(config, name), name
+
+
+def check_windows_and_rope(actual: ModelConfig, config):
+    if config.model_type == "gptj":
+        part = actual.rope_parameters.get("partial_rotary_factor", 1.0)
+        assert int(actual.head_dim * part) == config.rotary_dim
+        return
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        windows = [actual.attention_config(n).sliding_window for n in range(len(types))]
+        assert windows == [config.sliding_window if kind == "sliding_attention" else None for kind in types]
+    rope = config.rope_parameters
+    if "full_attention" in rope:
+        assert actual.sliding_rope_parameters == rope["sliding_attention"]
+        rope = rope["full_attention"]
+    rope = {name: value for name, value in rope.items() if (name, value) != ("partial_rotary_factor", 1.0)}
+    rope.pop("type", None)
     assert actual.rope_parameters == rope
+
+
+def first_of(config, *names):
+    return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
 
 
 @pytest.mark.parametrize(("name", "changes"), CASES)
@@ -125,12 +191,11 @@ def test_every_family_reads_as_its_own_class(name, changes, tmp_path):
 def test_absent_keys_have_the_defaults_of_the_class(family, tmp_path):
     sizes = {key: value for key, value in TINY.items() if key != "num_key_value_heads"}
     sizes |= {"num_attention_heads": 32, "hidden_size": 4096, "model_type": family}
-    if family in ("mixtral", "qwen2_moe", "qwen3_moe"):
-        sizes |= {**QWEN_EXPERTS, "shared_expert_intermediate_size": 5632}
-    config_class = class_of(
-        {"qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe"}.get(family, family.capitalize())
-    )
-    config = config_class(**{key: value for key, value in sizes.items() if key != "model_type"})
+    if family not in DENSE_FAMILIES:
+        sizes |= {**QWEN_EXPERTS, "num_local_experts": 4, "shared_expert_intermediate_size": 5632}
+    if family in ("falcon", "gptj"):
+        del sizes["intermediate_size"]
+    config = CONFIG_MAPPING[family](**{key: value for key, value in sizes.items() if key != "model_type"})
     check_against_class(model_config(sizes), config)
     assert model_config(sizes) == model_config(saved(config, tmp_path))
 
@@ -192,6 +257,21 @@ def test_qwen2_moe_experts():
     assert config.moe_layers == (1,)
     assert (config.num_experts, config.moe_intermediate_size, config.router_gate) == (4, 24, "raw")
     assert (config.shared_expert_intermediate_size, config.shared_expert_gate) == (40, True)
+
+
+def test_layers_of_cohere2_rotate_where_they_slide():
+    cohere2 = model_config(
+        {**TINY, "model_type": "cohere2", "sliding_window_pattern": 2, "num_hidden_layers": 5}
+    )
+    assert cohere2.rope_layers == (0, 2, 4)
+    assert (cohere2.sliding_window, cohere2.layer_types[1]) == (4096, "full_attention")
+
+
+def test_a_norm_of_gemma_counts_from_one_and_stands_on_both_sides():
+    gemma = model_config({**TINY, "model_type": "gemma2", "query_pre_attn_scalar": 16, "head_dim": 16})
+    assert (gemma.norm, gemma.norm_placement) == ("offset_rms_norm", "both")
+    assert gemma.attention_multiplier is None  # 16 ** -0.5 is what every head of width 16 has
+    assert gemma.embedding_multiplier == 32**0.5
 
 
 def test_own_family_round_trips():
@@ -267,6 +347,31 @@ ERRORS += [
         id="layer-types-length",
     ),
     pytest.param({"model_type": "moe_runtime", "vocab_size": 8}, "hidden_size is missing", id="own-family"),
+    pytest.param({**TINY, "model_type": "gemma3"}, "got 'gemma3'; it reads images too", id="gemma3-images"),
+]
+
+
+ERRORS += [
+    pytest.param(
+        {**TINY, "model_type": family, name: value},
+        f"{name} must be {wanted} in a {family} model, got {value!r}; other variants are not supported",
+        id=f"{family}-{name}",
+    )
+    for family, name, value, wanted in (
+        ("gemma2", "use_bidirectional_attention", True, "False or None"),
+        ("gemma3_text", "attn_logit_softcapping", 5.0, "None"),
+        ("phi", "qk_layernorm", True, "False"),
+        ("falcon", "alibi", True, "False or None"),
+        ("falcon", "num_ln_in_parallel_attn", 2, "None or 1"),
+        ("olmoe", "clip_qkv", 8.0, "None"),
+    )
+] + [
+    pytest.param(
+        {**TINY, "model_type": "cohere2", "sliding_window": None}, "sliding_window is missing", id="no-rope"
+    ),
+    pytest.param(
+        {**TINY, "model_type": "cohere2", "sliding_window_pattern": 0}, "must be above 0, got 0", id="zero"
+    ),
 ]
 
 

@@ -23,6 +23,7 @@ from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalL
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from moe_runtime.block import Block
 from moe_runtime.families import model_config
 from moe_runtime.hf import MoeRuntimeConfig, MoeRuntimeForCausalLM
 
@@ -97,6 +98,22 @@ def test_is_the_model_of_the_family(family, options):
     ours, ids = ours_with_the_weights_of(theirs), tokens(2, 13)
     with torch.no_grad():
         assert_equal_up_to_rounding("logits", ours(ids).logits, theirs(ids).logits)
+
+
+def test_capped_scores_need_an_attention_that_can_cap_them():
+    model = tiny_model(DENSE, attn_logit_softcapping=0.5)
+    assert model.config._attn_implementation == "eager"
+    assert tiny_model(DENSE).config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match="does not support an attention implementation through torch"):
+        model.set_attn_implementation("sdpa")
+    config = model.config.model_config()
+    alone = Block(config.block_config(0)).eval()
+    alone.load_state_dict(model.model.layers[0].state_dict())
+    x_BLD, positions = model.model.embed_tokens(tokens(1, 9)), torch.arange(9)[None]
+    with torch.no_grad():
+        rotary = model.model.rotary_emb(x_BLD, positions)
+        hidden = model(tokens(1, 9), output_hidden_states=True).hidden_states
+        assert_equal_up_to_rounding("x", alone(x_BLD, rotary).x_BLD, hidden[1])
 
 
 def test_is_gpt_neox_with_partial_rotation_biases_and_two_parallel_norms():

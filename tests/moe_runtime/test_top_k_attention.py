@@ -24,6 +24,7 @@ OPTIONS = {
     "renormalised": {"top_k": 2, "renormalise_top_k": True},
     "biases-norms": {"top_k": 2, **EVERYTHING},
     "layer-norms": {"top_k": 1, "qk_norm": "layer_norm"},
+    "joint-norms": {"top_k": 2, "qk_norm": "joint_rms_norm"},
     "interleaved": {"top_k": 2, "rope_interleaved": True},
     "window": {"top_k": 2, "sliding_window": 3},
 }

@@ -1,6 +1,7 @@
 """Every dense family through files: the same function, the same text, whatever its tensors are called."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_runtime.families import DENSE_FAMILIES, model_config
+from moe_runtime.flops import model_parameters
 from moe_runtime.hf.loading import load_causal_lm
 from upcycle import UpcycleError, verify
 from upcycle.names import dense_shapes
@@ -90,6 +92,10 @@ def test_a_source_holds_what_the_family_stores(family, dense):
     assert stored_shapes(source, config) == written
     held = ours(dense(family))
     shapes = dense_shapes(config)
+    repeated = config.qk_norm in ("rms_norm", "offset_rms_norm")  # a row for all heads, one per head in ours
+    heads = config.num_attention_heads + config.num_key_value_heads - 2 if repeated else 0
+    rows = config.num_hidden_layers * heads * config.head_dim
+    assert model_parameters(config).total() == sum(map(math.prod, shapes.values())) + rows
     assert {name: tuple(tensor.shape) for name, tensor in held.items()} == shapes
     assert sum(t.numel() for t in held.values()) == sum(t.numel() for t in tensors_of(dense(family)).values())
 
