@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from upcycle.checkpoint import Checkpoint
 from upcycle.errors import UpcycleError
-from upcycle.provenance import hash_file
+from upcycle.provenance import hash_file, write_json
 from upcycle.recipe import RouterRecipe
 from upcycle.routers.file import Shapes, open_routers_file, router_shapes
 
@@ -118,6 +118,7 @@ def _tokenizer(base: Checkpoint) -> Any:
 
     with TemporaryDirectory(prefix="moe-runtime-tokenizer-") as folder:
         save_gguf_tokenizer(base.location, Path(folder))
+        write_json(Path(folder) / "config.json", base.config_json)  # names the kind of tokenizer
         return load_tokenizer(folder)
 
 

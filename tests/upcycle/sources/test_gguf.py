@@ -136,6 +136,20 @@ def test_a_copy_of_a_gguf_file_has_its_tokenizer_and_is_verified(dense, tmp_path
     assert verified.passed
 
 
+def test_routers_from_prompts_are_those_of_the_model_in_the_file(dense_copy, tmp_path, run):
+    """Weights and tokenizer both come out of it."""
+    folder = dense_copy("llama", vocab_size=VOCAB_SIZE)
+    byte_tokenizer().save_pretrained(folder)
+    path = save_gguf(folder, tmp_path / "model.gguf")
+    router = {"init": "centroid", "data": [["abcdef ghi"], ["0123456789"]]}
+    expected, actual = (
+        tensors_of(run(f"of-{base.stem}", method="copy", base=base, experts=2, router=router))
+        for base in (folder, path)
+    )
+    name = "model.layers.1.mlp.router.weight"
+    assert torch.equal(actual[name], expected[name])
+
+
 def rope_scaling(writer):
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
 
