@@ -1,6 +1,6 @@
 """Recipes: what to upcycle, from what, into what. Frozen, checked when built, read from YAML."""
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from upcycle.method_sections import (
     ReplicateRecipe,
     SharedExpertRecipe,
 )
-from upcycle.recipe_checks import check_choice, check_type
+from upcycle.recipe_checks import check_choice, check_finite, check_type
 from upcycle.recipe_file import build, read_yaml
 from upcycle.sources import AdapterSource
 
@@ -70,10 +70,8 @@ class RouterRecipe:
         check_type("router.seed", self.seed, int)
         for name in ("scale", "std", "aux_loss_coef", "z_loss_coef"):
             value = getattr(self, name)
-            if value is not None:
-                check_type(f"router.{name}", value, (int, float))
-                if not math.isfinite(value):
-                    raise RecipeError(f"router.{name} must be finite, got {value}")
+            if value is not None or name != "z_loss_coef":
+                check_finite(f"router.{name}", value)
                 if value < 0 and name.endswith("_coef"):
                     raise RecipeError(f"router.{name} must not be negative, got {value}")
         # A router of zeros scores all experts alike, so that top-k sends every token to the same ones.
@@ -389,7 +387,7 @@ def _replace_none(router: RouterRecipe, **defaults: Any) -> RouterRecipe:
 def _check_above_zero(name: str, value: object) -> None:
     check_type(name, value, (int, float))
     assert isinstance(value, int | float)
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value <= sys.float_info.max:
         raise RecipeError(f"{name} must be finite and above 0, got {value}")
 
 

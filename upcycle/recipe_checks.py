@@ -1,6 +1,6 @@
 """What the sections of a recipe check: a value is one of some, of a kind, or in a range."""
 
-import math
+import sys
 
 from upcycle.errors import RecipeError
 
@@ -16,6 +16,9 @@ def check_type(name: str, value: object, kind: type | tuple[type, ...]) -> None:
     if not isinstance(value, kind) or (isinstance(value, bool) and not wanted_bool):
         expected = words.get(kind, "a number") if isinstance(kind, type) else "a number"
         raise RecipeError(f"{name} must be {expected}, got {value!r}")
+    # zero bytes and halves of characters, which no path or file can hold
+    if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+        raise RecipeError(f"{name} must be a text of whole characters, got {value!r}")
 
 
 def check_whole(name: str, value: object, least: int) -> None:
@@ -25,10 +28,18 @@ def check_whole(name: str, value: object, least: int) -> None:
         raise RecipeError(f"{name} must be at least {least}, got {value}")
 
 
+def check_finite(name: str, value: object) -> None:
+    check_type(name, value, (int, float))
+    assert isinstance(value, int | float)
+    # a whole number may be larger than any float, which math.isfinite cannot say
+    if not abs(value) <= sys.float_info.max:
+        raise RecipeError(f"{name} must be finite, got {value}")
+
+
 def check_not_negative(name: str, value: object) -> None:
     check_type(name, value, (int, float))
     assert isinstance(value, int | float)
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value <= sys.float_info.max:
         raise RecipeError(f"{name} must be finite and not negative, got {value}")
 
 

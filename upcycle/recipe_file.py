@@ -1,6 +1,7 @@
 """From a YAML file to a frozen dataclass: unknown keys are errors, dataclass fields are sections."""
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, get_args
 import yaml
 
 from upcycle.errors import RecipeError
+
+_MOST_VALUES = 10_000
 
 
 def read_yaml(path: str | Path) -> Mapping[str, Any]:
@@ -25,11 +28,30 @@ def read_yaml(path: str | Path) -> Mapping[str, Any]:
         raise RecipeError(f"{path}: there is no such recipe") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: the recipe cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise RecipeError(f"{path}: the recipe is nested too deeply") from None
+    # a ValueError comes from numbers and dates that YAML allows and Python has not
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{path}: the recipe is not valid YAML: {' '.join(str(error).split())}") from error
+    if _num_values(values, {}) > _MOST_VALUES:
+        raise RecipeError(
+            f"{path}: the recipe must have numbers of at most 64 bits and, with aliases written out, at most "
+            f"{_MOST_VALUES} values"
+        )
     if not isinstance(values, Mapping):
         raise RecipeError(f"{path}: a recipe must be a list of 'key: value' lines")
     return values
+
+
+def _num_values(value: object, known: dict[int, float]) -> float:
+    """How many values a message would print: infinite for one inside itself and for a number of no end."""
+    if not isinstance(value, list | dict):
+        return math.inf if isinstance(value, int) and abs(value) >= 2**64 else 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_num_values(part, known) for part in parts)
+    return known[id(value)]
 
 
 def build(kind: type, values: Mapping[str, Any], where: str) -> Any:
