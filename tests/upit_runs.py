@@ -32,7 +32,7 @@ def small_recipe(base, data, folder, **changes):
         "batch_size": 6,
         "prepare": {"epochs": 1.0, "every": 0.5, "lr": 1e-3, "rank": 4, "alpha": 8},
         "route": {"seed_fraction": 0.5, "epochs": 2, "lr": 1e-2},
-        "post_train": {"epochs": 1},
+        "post_train": {"epochs": 1, "lr": 3e-3},
     }
     for name, value in changes.items():
         values[name] = {**values[name], **value} if isinstance(values.get(name), dict) else value
@@ -68,8 +68,10 @@ def record_low_rank(folder, base, count, rank=3):
         torch.manual_seed(number)
         factors = {}
         for name in (name for layer in feed_forward_tensors(recorder.base) for name in layer):
-            O, I = model.get_parameter(name).shape
-            factors[name] = torch.randn(rank, I) * 0.1, torch.randn(O, rank) * 0.1
+            shape = model.get_parameter(name).shape
+            if len(shape) == 2:  # biases have no factors
+                O, I = shape
+                factors[name] = torch.randn(rank, I) * 0.1, torch.randn(O, rank) * 0.1
         adapted = LowRankModel(model, factors, scaling=2.0)
         recorder.start(model)
         recorder.record(model, step=number, epoch=number / 4)

@@ -64,7 +64,6 @@ class Run:
 
         return load_samples(self.recipe)
 
-    @property
     def recording(self) -> Recording:
         recording = open_recording(self.recipe.checkpoints or self.folder / "prepare")
         check_base(recording, self.base)
@@ -90,7 +89,7 @@ class Run:
     @property
     def rest(self) -> str:
         """Folder of everything that is no feed-forward."""
-        recording = self.recording
+        recording = self.recording()
         if self.recipe.non_expert == "base" or recording.rest is None:
             return self.recipe.base
         return str(recording.folder / recording.rest)
@@ -149,6 +148,8 @@ class Run:
     def check(self) -> None:
         """Refuse what cannot work, before anything is trained: base, data, settings of an earlier run."""
         self.assembly_plan()
+        if self.recipe.checkpoints:
+            self.recording()
         if self.recipe.route.init == "trained":
             draw_seed_set(
                 len(self.data.samples), self.recipe.route.seed_fraction, self.recipe.seed, self.recipe.experts
@@ -240,7 +241,7 @@ class Run:
         }
 
     def _expand(self, folder: Path) -> dict[str, Any]:
-        recording = self.recording
+        recording = self.recording()
         chosen = select(recording, self.recipe.experts)
         paths = [str(recording.folder / checkpoint.folder) for checkpoint in chosen]
         origins = expand(paths, self.recipe.experts, folder, self.recipe.expand, self.recipe.seed)

@@ -145,7 +145,7 @@ def test_a_model_that_is_not_the_base_is_refused(base, dense, tmp_path):
         ValueError, match=r"must hold the weights of .* but model.layers.2.mlp.down_proj.weight"
     ):
         recorder.start(model)
-    with pytest.raises(ValueError, match=r"it has no parameter embed_out.weight"):
+    with pytest.raises(ValueError, match=r"it has no parameter gpt_neox.embed_in.weight"):
         Recorder(tmp_path / "other", dense("gpt_neox")).start(model)
 
 
