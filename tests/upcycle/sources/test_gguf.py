@@ -9,6 +9,7 @@ import pytest
 import torch
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from dense_models import tensors_of
+from tiny_models import assert_equal_up_to_rounding
 from transformers import AutoModelForCausalLM
 
 import upcycle
@@ -147,7 +148,8 @@ def test_routers_from_prompts_are_those_of_the_model_in_the_file(dense_copy, tmp
         for base in (folder, path)
     )
     name = "model.layers.1.mlp.router.weight"
-    assert torch.equal(actual[name], expected[name])
+    # not to the last bit: weights lie elsewhere in memory, which may change the order of a product's sums
+    assert_equal_up_to_rounding(name, actual[name], expected[name])
 
 
 def rope_scaling(writer):
