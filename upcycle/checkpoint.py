@@ -276,12 +276,12 @@ class RowReader:
         """`count` rows from `first` on of a tensor seen as a matrix of `width` columns, as stored."""
         tensor = self.checkpoint.tensors[name]
         storage = STORAGE[tensor.dtype]
-        path = self.checkpoint.folder / tensor.file
         if tensor.file not in self._files:
-            self._files[tensor.file] = open_regular(path)
+            self._files[tensor.file] = open_regular(self.checkpoint.folder / tensor.file)
         values = np.empty((count, width), storage)
         start = tensor.start + first * width * storage.itemsize
         if not read_into(self._files[tensor.file], start, values):
+            path = self.checkpoint.folder / tensor.file
             raise UpcycleError(f"{path} became shorter while tensor {name} was read; fetch it again")
         return values
 
