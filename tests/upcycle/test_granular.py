@@ -27,11 +27,9 @@ EXACT = [
     pytest.param("qwen2", {"target": "qwen2_moe", "layers": {"moe_every": 2}}, {}, id="qwen2-moe"),
     pytest.param("qwen3", {"target": "qwen3_moe", "dtype": "bfloat16"}, {}, id="qwen3-moe-16-bits"),
     pytest.param("llama", {"router": {"gate": "raw"}, "experts_per_token": 8}, {}, id="raw-over-all"),
+    pytest.param("granite", {"target": "granitemoe"}, {}, id="granitemoe-stacked"),
     pytest.param(
-        "llama",
-        {"router": {"init": "orthogonal", "score": "sigmoid"}},
-        {},
-        id="orthogonal-sigmoid",
+        "phi", {"router": {"init": "orthogonal", "score": "sigmoid"}}, {}, id="not-gated-orthogonal-sigmoid"
     ),
 ]
 

@@ -77,7 +77,14 @@ def test_native_mixtures_get_their_noise_on_the_rows(family, target, mixture, ru
 
 
 @pytest.mark.parametrize(
-    ("family", "target"), [("llama", "mixtral"), ("qwen2", "qwen2_moe"), ("qwen3", "qwen3_moe")]
+    ("family", "target"),
+    [
+        ("llama", "mixtral"),
+        ("qwen2", "qwen2_moe"),
+        ("qwen3", "qwen3_moe"),
+        ("olmo2", "flex_olmo"),
+        ("granite", "granitemoe"),
+    ],
 )
 def test_as_many_copies_for_each_expert_and_token_keep_renormalised_gates(family, target, mixture, run):
     """Every chosen expert is chosen with all its copies, whose gates add up to its own."""

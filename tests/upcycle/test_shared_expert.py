@@ -25,7 +25,7 @@ def test_logits_equal_the_dense_models_whatever_the_gates(target, gate, dense, r
 
 
 def test_biases_stay_in_the_shared_expert(dense, run):
-    folder = run(base=dense("llama", mlp_bias=True), **shared())
+    folder = run(base=dense("phi"), **shared())
     assert verify(folder).passed
     assert not tensors_of(folder)[f"{MLP}.experts.down_bias"].any()
     assert tensors_of(folder)[f"{MLP}.shared_expert.down_proj.bias"].any()
