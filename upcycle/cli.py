@@ -12,8 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from upcycle.errors import RecipeError
+from upcycle.mergekit import is_mergekit, translate
 from upcycle.plan import UpcyclePlan
-from upcycle.recipe import load_recipe
+from upcycle.recipe import Recipe, recipe_from_dict
+from upcycle.recipe_file import read_yaml
 from upcycle.run import UpcycleResult, upcycle
 from upcycle.tasks import (
     Change,
@@ -31,7 +34,9 @@ from upcycle.verify import verify
 
 
 def upcycle_command(
-    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)],
+    recipe: Annotated[
+        Path, typer.Argument(help="Recipe, or mergekit-moe configuration (YAML).", show_default=False)
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Write here instead of the recipe's 'output'.", show_default=False)
     ] = None,
@@ -40,11 +45,8 @@ def upcycle_command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Make a Mixture-of-Experts model from dense ones."""
-    loaded = load_recipe(recipe)
-    if output is not None:
-        loaded = replace(loaded, output=str(output))
-    result = upcycle(loaded, dry_run=dry_run)
+    """Make a Mixture-of-Experts model from dense ones, by a recipe or a configuration of mergekit-moe."""
+    result = upcycle(_read(recipe, output), dry_run=dry_run)
     if as_json:
         tensors = {"plan": _rows(result.plan)} if dry_run else {}
         typer.echo(json.dumps({**result.to_dict(), **tensors}, indent=2))
@@ -83,6 +85,20 @@ def verify_command(
         _console().print(table)
     if not result.passed:
         raise typer.Exit(1)
+
+
+def _read(path: Path, output: Path | None) -> Recipe:
+    """The recipe in a file, or the one that a configuration of mergekit-moe amounts to, with notes."""
+    values = read_yaml(path)
+    if not is_mergekit(values):
+        recipe = recipe_from_dict(values, where=str(path))
+        return recipe if output is None else replace(recipe, output=str(output))
+    if output is None:
+        raise RecipeError(f"{path} is a configuration of mergekit-moe, which names no output; give --output")
+    recipe, notes = translate(values, str(output), where=str(path))
+    for note in notes:
+        typer.echo(f"Otherwise than mergekit-moe: {note}.", err=True)
+    return recipe
 
 
 # --- what is printed ---
