@@ -78,6 +78,11 @@ class Checkpoint:
         """What opens it again."""
         return self.folder / self.file if self.file else self.folder
 
+    @property
+    def title(self) -> str:
+        """What a person calls it."""
+        return f"{self.adapter.folder} on {self.location}" if self.adapter else str(self.location)
+
     def open_rows(self) -> Reader:
         return RowReader(self) if self.reader is None else self.reader(self)
 

@@ -5,7 +5,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -113,21 +113,28 @@ def _summary(result: UpcycleResult) -> str:
     plan = result.plan
     done = "Would write" if result.dry_run else "Wrote"
     took = "" if result.dry_run else f" in {result.seconds:.1f} s"
+    cost = ""
+    if result.estimate is not None:
+        memory, rate = result.estimate.memory_bytes / 1e9, result.estimate.bytes_per_s / 1e9
+        cost = (
+            f"\nAt most {memory:.2f} GB of memory; about {result.estimate.seconds:.0f} s at the "
+            f"{rate:.2f} GB/s of a short copy to that disk"
+        )
     return (
         f"{done} {result.output}: {plan.num_parameters:,} parameters, {plan.num_bytes / 1e9:.2f} GB "
-        f"({plan.dtype}) in {len(result.files)} file(s){took}"
+        f"({plan.dtype}) in {len(result.files)} file(s){took}{cost}"
     )
 
 
 def _rows(plan: UpcyclePlan) -> list[dict[str, Any]]:
     """One row for tensors that differ in numbers of layer and expert only."""
-    rows: dict[tuple[str, tuple[int, ...], str], int] = {}
+    rows: dict[tuple[str, tuple[int, ...], str], list[int]] = {}
     for task in plan.tasks:
         key = (re.sub(r"\.\d+(?=\.)", ".*", task.name), task.shape, _made_from(task))
-        rows[key] = rows.get(key, 0) + 1
+        rows.setdefault(key, []).append(task.num_bytes)
     return [
-        {"name": name, "count": count, "shape": list(shape), "from": made}
-        for (name, shape, made), count in rows.items()
+        {"name": name, "count": len(sizes), "shape": list(shape), "bytes": sum(sizes), "from": made}
+        for (name, shape, made), sizes in rows.items()
     ]
 
 
@@ -135,10 +142,10 @@ def _made_from(task: TensorTask) -> str:
     match task.content:
         case Zeros():
             return "zeros"
-        case Normal(std=std, seed=seed):
-            return f"normal, std {std}, seed {seed}"
-        case Orthogonal(norm=norm, seed=seed):
-            return f"orthogonal rows of length {norm}, seed {seed}"
+        case Normal(std=std, seed=seed, repeats=repeats):
+            return f"normal, std {std}, seed {seed}{_times(repeats)}"
+        case Orthogonal(norm=norm, seed=seed, repeats=repeats):
+            return f"orthogonal rows of length {norm}, seed {seed}{_times(repeats)}"
         case Uniform(bound=bound, seed=seed, where=where):
             return f"zeros, {len(where)} of them within {bound}, seed {seed}"
         case _:
@@ -155,6 +162,10 @@ def _made_from(task: TensorTask) -> str:
             return ", ".join([made, *(["shuffled"] if shuffled else []), *changes])
 
 
+def _times(repeats: int) -> str:
+    return f", each row {repeats} times" if repeats > 1 else ""
+
+
 def _words_of(change: Change) -> str:
     match change:
         case Scale(factor=factor):
@@ -169,12 +180,14 @@ def _words_of(change: Change) -> str:
 
 def _plan_table(plan: UpcyclePlan) -> Table:
     table = Table(title=f"{plan.recipe.method} to {plan.recipe.target}", title_justify="left")
-    for heading in ("tensor", "count", "shape", "from"):
-        table.add_column(heading, justify="right" if heading == "count" else "left", overflow="fold")
+    for heading in ("tensor", "count", "shape", "MB", "from"):
+        justify: Literal["left", "right"] = "right" if heading in ("count", "MB") else "left"
+        table.add_column(heading, justify=justify, overflow="fold")
     for row in _rows(plan):
-        table.add_row(row["name"], str(row["count"]), " x ".join(map(str, row["shape"])), row["from"])
+        shape, size = " x ".join(map(str, row["shape"])), f"{row['bytes'] / 1e6:,.1f}"
+        table.add_row(row["name"], str(row["count"]), shape, size, row["from"])
     for number, source in enumerate(plan.sources):
-        table.caption = f"{table.caption or ''}source {number}: {escape(str(source.folder))}\n"
+        table.caption = f"{table.caption or ''}source {number}: {escape(source.title)}\n"
     if not plan.recipe.router.is_drawn:
         table.caption = (
             f"{table.caption}source {len(plan.sources)}: {escape(plan.recipe.router.describe())}\n"

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +32,7 @@ from rich.progress import (
 from upcycle import names
 from upcycle.checkpoint import INDEX_NAME, Reader, Shard, index_json, make_shards, write_shard
 from upcycle.errors import UpcycleError
+from upcycle.estimate import Estimate, estimate
 from upcycle.plan import UpcyclePlan, make_plan_for
 from upcycle.provenance import hash_file, write_json, write_side_files, write_text
 from upcycle.recipe import Recipe, load_recipe, parse_size
@@ -58,6 +59,7 @@ class UpcycleResult:
     files: tuple[str, ...]
     dry_run: bool
     seconds: float
+    estimate: Estimate | None = None  # of a dry run
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `--json`."""
@@ -66,7 +68,7 @@ class UpcycleResult:
             "dry_run": self.dry_run,
             "method": self.plan.recipe.method,
             "target": self.plan.recipe.target,
-            "sources": [str(source.folder) for source in self.plan.sources],
+            "sources": [source.title for source in self.plan.sources],
             "files": list(self.files),
             "tensors": len(self.plan.tasks),
             "parameters": self.plan.num_parameters,
@@ -74,6 +76,7 @@ class UpcycleResult:
             "dtype": self.plan.dtype,
             "routers": self.plan.recipe.router.describe(),
             "seconds": self.seconds,
+            **({"estimate": asdict(self.estimate)} if self.estimate else {}),
         }
 
 
@@ -82,7 +85,8 @@ def upcycle(recipe: Recipe | str | Path, *, dry_run: bool = False) -> UpcycleRes
 
     Args:
         recipe: a recipe, or the path of a YAML file.
-        dry_run: check everything that can be checked without reading weights, and write nothing.
+        dry_run: check everything that can be checked without reading weights, and estimate what the run will
+            cost from a short copy to the output's disk, of which nothing is left.
 
     Raises:
         UpcycleError: with one sentence; the sources are then untouched, and nothing has the output's name.
@@ -94,12 +98,15 @@ def upcycle(recipe: Recipe | str | Path, *, dry_run: bool = False) -> UpcycleRes
     _check_free(output)
     plan = make_plan_for(recipe)
     shards = make_shards(plan.tasks, parse_size(recipe.max_shard_size))
-    if not dry_run:
+    if dry_run:
+        cost = estimate(plan, _existing_parent(output))
+    else:
+        cost = None
         _check_disk(output, plan.num_bytes)
         with open_routers(plan) as routers, working_folder(output, resumable=True) as folder:
             _write(folder, plan, shards, routers)
     files = tuple(shard.name for shard in shards)
-    return UpcycleResult(output, plan, files, dry_run, time.monotonic() - start)
+    return UpcycleResult(output, plan, files, dry_run, time.monotonic() - start, cost)
 
 
 def _check_free(output: Path) -> None:
@@ -108,7 +115,7 @@ def _check_free(output: Path) -> None:
 
 
 def _check_disk(output: Path, num_bytes: int) -> None:
-    parent = existing_parent(output)
+    parent = _existing_parent(output)
     free = shutil.disk_usage(parent).free + _num_bytes(_incomplete(output))
     if free < num_bytes + _SIDE_FILES_BYTES:
         raise UpcycleError(
@@ -117,7 +124,7 @@ def _check_disk(output: Path, num_bytes: int) -> None:
         )
 
 
-def existing_parent(output: Path) -> Path:
+def _existing_parent(output: Path) -> Path:
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent

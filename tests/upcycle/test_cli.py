@@ -39,10 +39,19 @@ def test_a_dry_run_prints_where_every_tensor_comes_from(recipe, tmp_path):
         "copy of mlp.gate_proj.weight",
         "normal, std 0.02, seed 0",
         "Would write",
+        "At most 0.30 GB of memory; about 0 s at the",
         "source 1:",
     ):
         assert expected in text
-    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"]
+
+
+def test_a_disk_that_cannot_be_written_is_named_by_a_dry_run(recipe, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    result = CliRunner().invoke(app, ["upcycle", str(recipe), "--dry-run", "--output", str(blocked / "out")])
+    assert isinstance(result.exception, UpcycleError)
+    assert f"{blocked} cannot be written: Not a directory" in str(result.exception)
 
 
 def test_json_for_programs(recipe, tmp_path):
@@ -54,6 +63,11 @@ def test_json_for_programs(recipe, tmp_path):
     rows = {row["name"]: row for row in planned["plan"]}
     assert rows["model.layers.*.mlp.experts.gate_up_proj"]["count"] == 2
     assert sum(row["count"] for row in planned["plan"]) == planned["tensors"]
+    assert sum(row["bytes"] for row in planned["plan"]) == planned["bytes"]
+    cost = planned["estimate"]
+    assert cost["memory_bytes"] == 2 * 4 * 2 * 96 * 32 + 300_000_000  # a stack of gates and ups
+    assert cost["seconds"] == pytest.approx(planned["bytes"] / cost["bytes_per_s"])
+    assert "estimate" not in written
     assert (tmp_path / "there" / "model.safetensors").exists()
     verified = json.loads(invoke("verify", tmp_path / "there", "--json"))
     assert verified["passed"]
