@@ -30,6 +30,7 @@ def small_recipe(base, data, folder, **changes):
         "work": str(folder / "work"),
         "experts": 4,
         "batch_size": 6,
+        "max_length": 64,
         "prepare": {"epochs": 1.0, "every": 0.5, "lr": 1e-3, "rank": 4, "alpha": 8},
         "route": {"seed_fraction": 0.5, "epochs": 2, "lr": 1e-2},
         "post_train": {"epochs": 1, "lr": 3e-3},

@@ -135,16 +135,22 @@ def fit(
         if step in points:
             mean = torch.stack(since_point).mean().item()
             since_point.clear()
-            if not math.isfinite(mean):
-                raise UpcycleError(
-                    f"{training.label}: the loss is not finite after step {step}; take a lower learning rate"
-                )
+            _check_finite(mean, step, training)
             if states is not None:
                 _save(_state_path(states, step), named, optimizer)
             at_point(step, points[step], mean)
             if states is not None:
                 keep_state(states, step)
-    return [torch.stack(losses).mean().item() for losses in by_epoch.values()]
+    means = [torch.stack(losses).mean().item() for losses in by_epoch.values()]
+    _check_finite(math.fsum(means), num_steps, training)
+    return means
+
+
+def _check_finite(loss: float, step: int, training: Training) -> None:
+    if not math.isfinite(loss):
+        raise UpcycleError(
+            f"{training.label}: the loss is not finite after step {step}; take a lower learning rate"
+        )
 
 
 def _step(

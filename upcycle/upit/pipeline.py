@@ -147,7 +147,19 @@ class Run:
 
     def check(self) -> None:
         """Refuse what cannot work, before anything is trained: base, data, settings of an earlier run."""
-        self.assembly_plan()
+        dense = self.assembly_plan().dense
+        if self.recipe.max_length > dense.max_position_embeddings:
+            raise UpcycleError(
+                f"max_length must be at most the base's max_position_embeddings "
+                f"({dense.max_position_embeddings}), got {self.recipe.max_length}"
+            )
+        largest = max(int(sample.ids_L.max()) for sample in self.data.samples)
+        if largest >= dense.vocab_size:
+            raise UpcycleError(
+                f"the base's tokenizer must make tokens below its vocab_size ({dense.vocab_size}), "
+                f"got {largest}"
+            )
+        self._check_device()
         if self.recipe.checkpoints:
             self.recording()
         if self.recipe.route.init == "trained":
@@ -163,6 +175,15 @@ class Run:
         begun = (self.folder / "post_train" / _SETTINGS_NAME).is_file()
         if output.exists() and not begun:
             raise UpcycleError(f"{output} exists already; choose another output or remove it")
+
+    def _check_device(self) -> None:
+        import torch
+
+        kind = self.recipe.device.split(":")[0]
+        if kind not in ("cpu", "cuda"):
+            raise UpcycleError(f"device must be cpu or cuda, got {self.recipe.device!r}")
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise UpcycleError(f"device must be cpu where there is no CUDA GPU, got {self.recipe.device!r}")
 
     def assembly_plan(self) -> UpcyclePlan:
         """The plan of the assembly with the base in the experts' place: what can be checked beforehand."""
@@ -258,9 +279,7 @@ class Run:
 
         model = load_dense(self.rest, self.recipe.device)
         paths = [origin.folder for origin in read_origins(self.folder / "expand")]
-        result = route(self.recipe, paths, model, self.data.samples, folder)
-        self.tell(f"  samples per expert: {', '.join(map(str, result['bucket_sizes']))}")
-        return result
+        return route(self.recipe, paths, model, self.data.samples, folder, self.tell)
 
     def _assemble(self, folder: Path) -> dict[str, Any]:
         from upcycle.upit.assemble import assemble

@@ -9,7 +9,7 @@ is minimised on its samples, in r and, unless the experts are frozen, in its fee
 router is r^l.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,12 @@ class RoutingVectors(nn.Module):
 
 
 def route(
-    recipe: UpitRecipe, experts: Sequence[str | Path], model: Any, samples: Sequence[Sample], folder: Path
+    recipe: UpitRecipe,
+    experts: Sequence[str | Path],
+    model: Any,
+    samples: Sequence[Sample],
+    folder: Path,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Run the stage, going on where an earlier run stopped; writes routers.safetensors last.
 
@@ -77,6 +82,7 @@ def route(
         model: the dense model with all tensors that are no feed-forward; its feed-forwards are overwritten.
         samples: all of the data.
         folder: of the stage. Of experts that are trained on, the new ones come below it.
+        tell: called with a line for each expert that is done.
 
     Returns:
         What happened, for the report: bucket sizes and for each expert its losses and mean sigmoid(h).
@@ -89,12 +95,18 @@ def route(
     buckets = assign_buckets(
         log_perplexity_ES, center=recipe.route.normalise == "center", quota=recipe.route.min_per_expert
     )
+    tell(f"  samples per expert: {', '.join(map(str, buckets.sizes))} ({buckets.moved} moved)")
     reports = []
     for number, expert in enumerate(opened):
         of_expert = expert_folder(folder, number)
         if not (of_expert / _REPORT_NAME).is_file():
             _train_vectors(recipe, number, expert, model, seed_set, buckets, of_expert)
-        reports.append(read_json(of_expert / _REPORT_NAME))
+        report = read_json(of_expert / _REPORT_NAME)
+        tell(
+            f"  expert {number}: {report['samples']} samples, mean sigmoid {report['sigmoid_before']:.3f} -> "
+            f"{report['sigmoid_after']:.3f}"
+        )
+        reports.append(report)
     rows = [
         load_file(expert_folder(folder, number) / _VECTORS_NAME)["vectors"] for number in range(len(opened))
     ]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,6 +186,33 @@ def test_a_seed_fraction_without_a_sample_for_each_expert_is_refused_before_trai
     with pytest.raises(UpcycleError, match=r"0.1 of 24 samples are 2; set it to 0.167 or more"):
         run_upit(made)
     assert not (Path(made.work) / "prepare").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"max_length": 65}, r"at most the base's max_position_embeddings \(64\), got 65"),
+        ({"device": "tpu"}, "device must be cpu or cuda, got 'tpu'"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(changes, sentence, recipe):
+    made = recipe(**changes)
+    with pytest.raises(UpcycleError, match=sentence):
+        run_upit(made)
+    assert not (Path(made.work) / "prepare").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(recipe):
+    with pytest.raises(UpcycleError, match="device must be cpu where there is no CUDA GPU, got 'cuda:1'"):
+        run_upit(recipe(device="cuda:1"))
+
+
+def test_a_tokenizer_of_another_model_is_refused(dense, base, data, tmp_path):
+    narrow = shutil.copytree(dense("llama"), tmp_path / "narrow")
+    load_tokenizer(base).save_pretrained(narrow)
+    with pytest.raises(UpcycleError, match=r"tokens below its vocab_size \(64\), got 256"):
+        run_upit(small_recipe(narrow, data, tmp_path))
 
 
 def test_an_output_that_exists_is_refused(recipe):
