@@ -14,7 +14,7 @@ from upcycle.checkpoint import Checkpoint
 from upcycle.errors import UpcycleError
 from upcycle.provenance import hash_file, write_json
 from upcycle.recipe import RouterRecipe
-from upcycle.routers.file import Shapes, open_routers_file, router_shapes
+from upcycle.routers.file import Shapes, check_values, open_routers_file, router_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,6 +41,7 @@ def open_routers(plan: "UpcyclePlan") -> Iterator[RouterWeights | None]:
     recipe = plan.recipe.router
     if plan.routers is not None:
         path = plan.routers.folder / plan.routers.files[0]
+        check_values(plan.routers)
         yield RouterWeights(plan.routers, {"path": str(path.resolve()), "sha256": hash_file(path)})
     elif recipe.data:
         console = Console(stderr=True)
@@ -87,6 +88,7 @@ def compute(
         raise UpcycleError(f"router.init {recipe.init!r}: {error}") from error
     save_file({name: weight.float().cpu().contiguous() for name, weight in rows.items()}, path)
     record: dict[str, Any] = {
+        "sha256": hash_file(path),
         "texts": [{"name": text.name, "sha256": text.sha256, "tokens": text.num_tokens} for text in texts],
     }
     if conditions:

@@ -7,9 +7,11 @@ The file is a safetensors file with `model.layers.{l}.mlp.router [E, D]` and, fo
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 from moe_runtime.config import ModelConfig
 from upcycle.checkpoint import Checkpoint, read_header
-from upcycle.dtypes import STORAGE
+from upcycle.dtypes import STORAGE, to_float32
 from upcycle.errors import UpcycleError
 from upcycle.recipe import RouterRecipe
 from upcycle.tasks import TensorTask
@@ -70,3 +72,23 @@ def open_routers_file(path: Path, shapes: Shapes) -> Checkpoint:
         if name not in shapes:
             raise UpcycleError(f"{path}: tensor {name} is no router of this model")
     return Checkpoint(path.parent, {}, tensors, (path.name,))
+
+
+def check_values(routers: Checkpoint) -> None:
+    """Read the whole file, which is small.
+
+    Raises:
+        UpcycleError: a router has a value that is not finite, or only zeros.
+    """
+    path = routers.folder / routers.files[0]
+    with routers.open_rows() as reader:
+        for name, tensor in routers.tensors.items():
+            rows, width = tensor.shape
+            weight_ED = to_float32(reader.rows(name, width, 0, rows), tensor.dtype)
+            if not np.isfinite(weight_ED).all():
+                raise UpcycleError(f"{path}: tensor {name} must be finite, and holds NaN or infinite values")
+            if not weight_ED.any():
+                raise UpcycleError(
+                    f"{path}: tensor {name} must not be all zeros, with which every token would go to the "
+                    "same experts"
+                )

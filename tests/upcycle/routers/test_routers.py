@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,10 +17,12 @@ from tiny_models import assert_equal_up_to_rounding, randn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upcycle
+from moe_runtime.cli import main
 from upcycle import RecipeError, UpcycleError, recipe_from_dict
 from upcycle.plan import make_plan_for
 from upcycle.routers.compute import compute
 
+RUN = sys.modules["upcycle.run"]  # the package's attribute of that name may be the function
 D = 32
 MLP, ATTENTION = "model.layers.{}.mlp.router", "model.layers.{}.self_attn.router"
 
@@ -107,8 +110,13 @@ FILES = [
     pytest.param(lambda w: w.update(more=randn(2)), "more is no router of this model", id="more"),
     pytest.param(
         lambda w: w[MLP.format(1)][0].fill_(float("nan")),
-        r"model\.layers\.1\.mlp.router holds NaN or infinite values",
+        r"model\.layers\.1\.mlp.router must be finite, and holds NaN",
         id="nan",
+    ),
+    pytest.param(
+        lambda w: w[MLP.format(1)].zero_(),
+        r"model\.layers\.1\.mlp\.router must not be all zeros, with which every token",
+        id="zeros",
     ),
 ]
 
@@ -171,13 +179,15 @@ def test_long_texts_are_read_in_rows_of_the_models_length(branches, texts):
     seen = [[mlp_inputs(branches[0], part) for part in (text[:64], text[64:100])] for text in read(texts)]
     mean_ELD = torch.stack([torch.cat(parts, 1).mean(1) for parts in seen])
     expected = torch.nn.functional.normalize(mean_ELD - mean_ELD.mean(0), dim=2)
+    shares = []
     with TemporaryDirectory() as folder:
-        weights = compute(plan, Path(folder) / "routers.safetensors")
+        weights = compute(plan, Path(folder) / "routers.safetensors", on_share=shares.append)
         routers = load_file(Path(folder) / "routers.safetensors")
     for layer in range(3):
         name = MLP.format(layer)
         assert_equal_up_to_rounding(name, routers[name], expected[:, layer].float())
     assert [text["tokens"] for text in weights.record["texts"]] == [100, 75, 100]
+    assert shares == pytest.approx([64 / 275, 100 / 275, 164 / 275, 175 / 275, 239 / 275, 1.0])
 
 
 def read(texts):
@@ -233,6 +243,32 @@ def test_a_dry_run_says_what_would_be_computed_and_computes_nothing(branches, te
         "ridge of the routers' inputs when the base reads at most 8,192 tokens of each of "
         f"{', '.join(texts)}; computed before anything is written"
     )
+
+
+def test_the_command_shows_the_texts_as_one_more_source(branches, texts, tmp_path, capsys):
+    values = {**recipe(branches, texts, init="ridge").to_dict(), "output": str(tmp_path / "out")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    assert main(["upcycle", str(tmp_path / "recipe.yaml"), "--dry-run"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "copy of mlp.router from source 3" in out
+    assert "source 3: ridge of the routers' inputs when the base reads at most 8,192 tokens of each of" in out
+
+
+def test_a_change_of_the_routers_starts_an_interrupted_run_anew(branches, texts, tmp_path, monkeypatch):
+    """Whatever the tasks say: the numbers are not in them."""
+    monkeypatch.setattr(RUN, "write_side_files", interrupt)
+    first = recipe(branches, texts, init="ridge")
+    with pytest.raises(KeyboardInterrupt):
+        upcycle.upcycle(replace(first, output=str(tmp_path / "out")))
+    monkeypatch.undo()
+    longer = replace(first, output=str(tmp_path / "out"), router=replace(first.router, row_norm=7.0))
+    routers = routers_of(upcycle.upcycle(longer).output)
+    for name, weight_ED in routers.items():
+        assert weight_ED.norm(dim=1).allclose(torch.full((3,), 7.0)), name
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_another_process_gets_the_same_bits(run, branches, texts, tmp_path):
