@@ -17,7 +17,7 @@ from upcycle.method_sections import (
     ReplicateRecipe,
     SharedExpertRecipe,
 )
-from upcycle.recipe_checks import check_choice, check_finite, check_type
+from upcycle.recipe_checks import MAX_EXPERTS, check_choice, check_finite, check_type
 from upcycle.recipe_file import build, read_yaml
 from upcycle.sources import AdapterSource
 
@@ -283,6 +283,8 @@ class Recipe:
     def _check_routing(self) -> None:
         assert self.experts is not None
         assert self.experts_per_token is not None
+        if self.experts > MAX_EXPERTS:
+            raise RecipeError(f"experts must be at most {MAX_EXPERTS}, got {self.experts}")
         if self.experts_per_token > self.experts:
             raise RecipeError(
                 f"experts_per_token must be at most the number of experts ({self.experts}), "

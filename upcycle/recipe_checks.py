@@ -4,6 +4,9 @@ import sys
 
 from upcycle.errors import RecipeError
 
+# Of one layer: as many as routing plans hold.
+MAX_EXPERTS = 1024
+
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:

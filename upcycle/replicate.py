@@ -17,6 +17,7 @@ from upcycle import names
 from upcycle.errors import RecipeError
 from upcycle.layout import Layout, expert_label, expert_tasks, feed_forward_name, whole
 from upcycle.recipe import Recipe
+from upcycle.recipe_checks import MAX_EXPERTS
 from upcycle.tasks import Band, Piece, TensorTask, Uniform, UniformNoise
 
 
@@ -31,6 +32,8 @@ def copies(recipe: Recipe, num_experts: int) -> tuple[int, ...]:
             f"replicate.counts must be a number or one number for each of the {num_experts} experts, "
             f"got {len(counts)}"
         )
+    if sum(counts) > MAX_EXPERTS:
+        raise RecipeError(f"replicate.counts must make at most {MAX_EXPERTS} experts, got {sum(counts)}")
     return tuple(chain.from_iterable([expert] * count for expert, count in enumerate(counts)))
 
 

@@ -54,6 +54,33 @@ def test_a_disk_that_cannot_be_written_is_named_by_a_dry_run(recipe, tmp_path):
     assert f"{blocked} cannot be written: Not a directory" in str(result.exception)
 
 
+CHANGED = [
+    pytest.param(
+        {"method": "granular", "experts": 4, "granular": {"shards": 2, "shuffle": True}, "drop": {}},
+        {
+            "router.weight": "normal, std 0.02, seed 0, each row 2 times",
+            "experts.down_proj": "copy of mlp.down_proj.weight from source 0, shuffled, "
+            "12 of 24 columns drawn anew, seed 0, times 2",
+        },
+        id="granular",
+    ),
+    pytest.param(
+        {"method": "noise", "experts": 2, "noise": {"std": 0.5, "share": 0.25, "seed": 3}},
+        {"experts.down_proj": "copy of mlp.down_proj.weight from source 0, noise of std 0.5 on 25%, seed 3"},
+        id="noise",
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "made_from"), CHANGED)
+def test_a_dry_run_says_how_pieces_are_changed(values, made_from, dense, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**values, "base": str(dense("llama")), "output": str(tmp_path / "out")}))
+    rows = json.loads(invoke("upcycle", path, "--dry-run", "--json"))["plan"]
+    made = {row["name"].removeprefix("model.layers.*.mlp."): row["from"] for row in rows}
+    assert {name: made[name] for name in made_from} == made_from
+
+
 def test_json_for_programs(recipe, tmp_path):
     planned = json.loads(invoke("upcycle", recipe, "--dry-run", "--json"))
     written = json.loads(invoke("upcycle", recipe, "--json", "--output", tmp_path / "there"))

@@ -1,5 +1,7 @@
 """Drop-Upcycling: which hidden units of a copy are drawn anew, and what they become."""
 
+import json
+
 import pytest
 import torch
 from dense_models import tensors_of
@@ -60,6 +62,8 @@ def test_exactly_the_ratio_of_each_expert_is_new_and_each_expert_loses_others(de
         lost.append(set(range(48)) - set(found[kept, 0].tolist()))
     assert lost[0] != lost[1] != lost[2] != lost[0]
     assert verify(folder).not_equal_because == ("drop draws 30% of each expert's hidden units anew",)
+    section = json.loads((folder / "upcycle.json").read_text())["recipe"]["drop"]
+    assert section == {"ratio": 0.3, "shared_indices": True, "seed": 0}
 
 
 def test_each_matrix_can_lose_units_of_its_own(dense, run):

@@ -143,6 +143,7 @@ WRONG = [
     pytest.param({**COPY, "experts": "4"}, "experts must be a whole number, got '4'", id="experts-type"),
     pytest.param({**COPY, "experts": True}, "experts must be a whole number, got True", id="experts-bool"),
     pytest.param({**COPY, "experts": 0}, "experts must be at least 1, got 0", id="no-experts"),
+    pytest.param({**COPY, "experts": 1025}, "experts must be at most 1024, got 1025", id="most-experts"),
     pytest.param(
         {"method": "copy", "base": "a", "output": "o"}, "method 'copy' needs 'experts'", id="copy-experts"
     ),

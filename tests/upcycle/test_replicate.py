@@ -39,6 +39,7 @@ def test_experts_and_rows_are_copied_and_added_ones_get_a_noisy_selection_bias(m
     assert (bias_E != 0).tolist() == [False, False, True, True, False, True]
     others = {name for name in before if ".mlp." not in name}
     assert all(torch.equal(before[name], after[name]) for name in others)
+    assert "its routers are those of the mixture" in (folder / "README.md").read_text()
     result = verify(folder)
     assert result.not_equal_because == (
         "copies of one expert take the places of others among the chosen ones",
@@ -138,6 +139,8 @@ def test_what_cannot_be_replicated_is_named(dense, mixture, run):
     with pytest.raises(UpcycleError, match=r"model_type must be one of mixtral, .*moe_runtime, got 'llama'"):
         grow(run, dense("llama"), 2)
     ours = mixture()
+    with pytest.raises(UpcycleError, match="counts must make at most 1024 experts, got 3000000000"):
+        grow(run, ours, 10**9)
     with pytest.raises(UpcycleError, match="one number for each of the 3 experts, got 2"):
         grow(run, ours, [1, 2])
     with pytest.raises(UpcycleError, match=r"experts_per_token must be at most the number .*6.*, got 7"):
