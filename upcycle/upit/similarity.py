@@ -66,10 +66,10 @@ def similarity_matrix(
     return [[of_itself if i == j else of_pair[min(i, j), max(i, j)] for j in places] for i in places]
 
 
-def slices(shape: tuple[int, ...], elements: int = _SLICE) -> Iterator[tuple[int, int]]:
+def slices(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """First row and number of rows of each slice of a tensor."""
     rows, width = matrix_shape(shape)
-    step = max(1, elements // max(width, 1))
+    step = max(1, _SLICE // max(width, 1))
     for first in range(0, rows, step):
         yield first, min(step, rows - first)
 

@@ -1,6 +1,7 @@
 """Children of experts: their arithmetic, their parents, and how alike experts are."""
 
 import json
+import tracemalloc
 from itertools import combinations
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 from upit_runs import experts_of, record_low_rank, record_shifted
 
+import upcycle.upit.similarity
 from upcycle.errors import UpcycleError
 from upcycle.upit.expand import Origin, dare, expand, read_origins, write_child
 from upcycle.upit.expert import open_expert, write_expert
@@ -147,6 +149,26 @@ def linear_cka(a, b):
     a, b = a - a.mean(axis=0), b - b.mean(axis=0)
     gram_a, gram_b = a @ a.T, b @ b.T
     return (gram_a * gram_b).sum() / np.linalg.norm(gram_a) / np.linalg.norm(gram_b)
+
+
+@pytest.mark.parametrize("measure", ["cosine", "cka"])
+def test_experts_are_read_in_slices(measure, dense, tmp_path, monkeypatch):
+    """Never an expert's deltas at once, and the slices change no bit of a child."""
+    base = dense("llama", hidden_size=64, intermediate_size=256, num_hidden_layers=8)
+    recording, _ = record_shifted(tmp_path / "recording", base, 2)
+    settings = ExpandRecipe(similarity=measure)
+    whole = expand(experts_of(recording), 4, tmp_path / "whole", settings, 0)
+    monkeypatch.setattr(upcycle.upit.similarity, "_SLICE", 5000)
+    tracemalloc.start()
+    sliced = expand(experts_of(recording), 4, tmp_path / "sliced", settings, 0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [origin.parents for origin in sliced] == [origin.parents for origin in whole]
+    for child in ("child-02", "child-03"):
+        files = [tmp_path / folder / child / "expert.safetensors" for folder in ("sliced", "whole")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    of_expert = (tmp_path / "sliced" / "child-02" / "expert.safetensors").stat().st_size
+    assert peak < of_expert / 2
 
 
 def test_a_stopped_expansion_keeps_its_children(recording, tmp_path):
