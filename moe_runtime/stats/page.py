@@ -30,9 +30,13 @@ def render_page(report: dict[str, Any]) -> str:
         if compared:
             last = compared[-1]
             sections += [f"<h2>How alike the experts of {escape(last['name'])} are</h2>", cosine_figure(last)]
-    for router in report["routers"]:
-        if router["num_experts"] <= _LONGEST_ROW:
-            sections += [f"<p><b>{escape(router['name'])}</b></p>", table(*load_table(router))]
+    tables = [
+        f"<p><b>{escape(router['name'])}</b></p>{table(*load_table(router))}"
+        for router in report["routers"]
+        if router["num_experts"] <= _LONGEST_ROW
+    ]
+    if tables:
+        sections.append(f"<details><summary>Loads as numbers</summary>{''.join(tables)}</details>")
     return page(f"moe-runtime stats: {report['model']}", [*sections, versions_line(machine)])
 
 

@@ -342,7 +342,7 @@ def test_the_command_prints_json_and_writes_a_page(checkpoint, two_texts, tmp_pa
     assert "model.layers.1.self_attn" in captured.err
     text = page.read_text()
     assert text.count("<svg") == 5  # two loads, the layers, two kinds of cosines
-    assert "python" in text
+    assert text.count("<tr><td>python</td>") == 4  # loads of this domain as numbers, one row per router
     assert [path.name for path in page.parent.iterdir()] == ["stats.html"]
 
 
