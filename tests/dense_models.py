@@ -78,6 +78,18 @@ VARIANTS = {
     "granite-biases": ("granite", {"attention_bias": True, "mlp_bias": True}),
     "starcoder2-no-biases": ("starcoder2", {"use_bias": False}),
     "phi3-mini": ("phi3", {"sliding_window": 8}),
+    "phi3-long": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 8,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 100.0,
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [1.0, 2.0, 3.0, 4.0],
+            },
+        },
+    ),
 }
 
 

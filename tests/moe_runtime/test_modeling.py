@@ -100,6 +100,47 @@ def test_is_the_model_of_the_family(family, options):
         assert_equal_up_to_rounding("logits", ours(ids).logits, theirs(ids).logits)
 
 
+LATER = {
+    "gemma": {
+        "norm": "offset_rms_norm",
+        "norm_placement": "both",
+        "qk_norm": "offset_rms_norm",
+        "attn_logit_softcapping": 0.5,
+        "final_logit_softcapping": 2.0,
+        "embedding_multiplier": 3.0,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+    },
+    "others": {
+        "norm_placement": "after",
+        "qk_norm": "joint_rms_norm",
+        "residual_multiplier": 0.5,
+        "rope_layers": [1],
+        "attention_multiplier": 0.3,
+        "head_bias": True,
+    },
+}
+
+
+# raised inside torch, where Dynamo makes an instance of every autograd.Function it meets
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("features", LATER.values(), ids=LATER)
+def test_what_later_families_need_compiles_trains_and_runs_in_16_bits(features):
+    model, ids = tiny_model(MOE, **features), tokens(2, 9)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert_equal_up_to_rounding("logits", compiled(ids).logits, model(ids).logits)
+    model.train()(ids, labels=ids).loss.backward()
+    assert all(parameter.grad.any() for parameter in model.parameters())
+    assert model.bfloat16().eval()(ids).logits.isfinite().all()
+
+
+def test_a_norm_that_counts_from_one_starts_at_zero():
+    model = MoeRuntimeForCausalLM(MoeRuntimeConfig(**DENSE, norm="offset_rms_norm"))
+    assert not model.model.norm.weight.any()
+
+
 def test_capped_scores_need_an_attention_that_can_cap_them():
     model = tiny_model(DENSE, attn_logit_softcapping=0.5)
     assert model.config._attn_implementation == "eager"

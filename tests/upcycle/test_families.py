@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import cycle
 
 import pytest
 import torch
@@ -37,12 +38,14 @@ def test_a_copy_is_the_dense_model(family, dense, run):
     ids = torch.arange(5, 21)[None]
     for model in (models := [load_causal_lm(path) for path in (dense(family), folder)]):
         model.generation_config.eos_token_id = None
-    expected, actual = (model.generate(ids, max_new_tokens=12, do_sample=False) for model in models)
+    expected, actual = (model.generate(ids, max_new_tokens=6, do_sample=False) for model in models)
     assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("kv", ["expert", "shared"])
-@pytest.mark.parametrize("family", [name for name in LATER if name in TRAITS])
+ALTERNATELY = list(zip([name for name in LATER if name in TRAITS], cycle(["shared", "expert"]), strict=False))
+
+
+@pytest.mark.parametrize(("family", "kv"), ALTERNATELY)
 def test_a_mixture_of_equal_attentions_is_the_dense_model(family, kv, dense, run):
     router = {"gate": "straight_through"}
     folder = run(method="bam", sources=[dense(family)] * 2, attention={"kv": kv}, router=router)
@@ -51,6 +54,25 @@ def test_a_mixture_of_equal_attentions_is_the_dense_model(family, kv, dense, run
         "parallel" if family in parallel else "sequential"
     )
     result = verify(folder)
+    assert result.must_be_equal
+    assert result.max_abs_diff < 1e-4
+
+
+METHODS = [
+    pytest.param({"method": "granular", "experts": 4, "granular": {"shards": 2}}, id="granular"),
+    pytest.param({"method": "drop", "experts": 3, "drop": {"ratio": 0.0}}, id="permuted"),
+    pytest.param(
+        {"method": "shared_expert", "experts": 3, "shared_expert": {"expert_width": 16}}, id="shared-expert"
+    ),
+]
+
+
+@pytest.mark.parametrize("recipe", METHODS)
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox"])
+def test_every_method_that_keeps_the_function_keeps_that_of_fused_and_ungated_families(
+    family, recipe, dense, run
+):
+    result = verify(run(base=dense(family), **recipe))
     assert result.must_be_equal
     assert result.max_abs_diff < 1e-4
 

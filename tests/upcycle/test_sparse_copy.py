@@ -28,6 +28,7 @@ EXACT = [
     ("granite", "granitemoe"),
     ("olmo2", "flex_olmo"),
     ("phi3-mini", "mixtral"),
+    ("phi3-long", "mixtral"),
 ]
 
 
