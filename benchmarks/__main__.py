@@ -1,6 +1,6 @@
 """`python -m benchmarks run` times the suites, `… aot` compiles the kernels for GPUs that are not here,
-`… tune` measures launches on one that is, `… compare` says what became slower between two result files, and
-`… report` rewrites the tables and plots made from the results."""
+`… tune` measures launches on one that is, `… upcycling` times whole upcycling runs, `… compare` says what
+became slower between two result files, and `… report` rewrites the tables and plots made from the results."""
 
 import argparse
 import sys
@@ -70,14 +70,21 @@ def main() -> int:
         help="leave out other libraries, some of which tune themselves for minutes",
     )
     timing.set_defaults(call=run)
-    from benchmarks import aot, compare, tune
+    from benchmarks import aot, compare, tune, upcycling
 
     compiling = commands.add_parser("aot", help="compile every kernel without a GPU and check the result")
     aot.add_arguments(compiling)
     compiling.set_defaults(call=aot.main)
+    from benchmarks.ablation import run as ablation
+
+    ablating = commands.add_parser("ablation", help="compare upcycling methods on a small model trained here")
+    ablation.add_arguments(ablating)
     tuning = commands.add_parser("tune", help="measure launches on a GPU and write the table of the fastest")
     tune.add_arguments(tuning)
     tuning.set_defaults(call=tune.main)
+    writing = commands.add_parser("upcycling", help="time upcycling against copying its output's bytes")
+    upcycling.add_arguments(writing)
+    writing.set_defaults(call=upcycling.main)
     comparing = commands.add_parser("compare", help="what became slower between two result files")
     compare.add_arguments(comparing)
     comparing.set_defaults(call=compare.main)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import upcycling
 from benchmarks.ablation.section import ablation_rows, explained
 from benchmarks.bars import BARS, MODEL
 
@@ -415,6 +416,8 @@ _FLOOR = (
     "The floor is the larger of useful FLOPs over the speed of a large product and the bytes that must move "
     "over the speed of a copy (`benchmarks/floor.py`); errors are rms against float64, of the worst result."
 )
+
+
 SECTIONS = {  # in the order of the page
     "experts_cpu": _ratio_section(
         "Experts on a CPU",
@@ -479,6 +482,7 @@ SECTIONS = {  # in the order of the page
         "through oneDNN, elsewhere it stays the same function. Timed in turns; medians.",
     ),
     "tune": _tuned_section,
+    "upcycling": upcycling.section,
     "ablation": _ablation_section,
     "demo": _demo_section,
 }
