@@ -43,7 +43,9 @@ def chunks(task: TensorTask, readers: Sequence[Reader]) -> Iterator[NDArray]:
     """
     match task.content:
         case Zeros():
-            yield np.zeros(prod(task.shape), STORAGE[task.dtype])
+            step = CHUNK_BYTES // 4
+            for first in range(0, prod(task.shape), step):
+                yield np.zeros(min(step, prod(task.shape) - first), STORAGE[task.dtype])
         case Normal() as normal:
             yield from_float32(_draw(normal, task.shape), task.dtype)
         case Orthogonal() as orthogonal:

@@ -1,6 +1,7 @@
 """Load an output and its base, and compare what they compute."""
 
 from dataclasses import asdict, dataclass
+from math import frexp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,11 +96,14 @@ def verify(path: str | Path) -> Verification:
         reasons = differences(record, model)
         method = record["method"]
         base = open_recorded(record["sources"][record["base"]], folder)
+        scaled = record.get("scaled", {}).values()
     except (KeyError, IndexError, TypeError, AttributeError):
         raise UpcycleError(f"{folder / RECORD_NAME} is damaged; run the recipe again") from None
     dtype = next(
         tensor.dtype for name, tensor in output.tensors.items() if name.endswith("embed_tokens.weight")
     )
+    if dtype != "F32" and any(frexp(factor)[0] != 0.5 for factor in scaled):  # no power of two
+        reasons += (f"weights scaled by {', '.join(f'{factor:g}' for factor in scaled)} round in {dtype}",)
     tokens = _tokens(model)
     with plain_folder(base) as dense_folder:
         expected, _, expected_exact = _logits(dense_folder, tokens, dtype)

@@ -92,6 +92,7 @@ def test_fused_operation_computes_these_losses(score, masked):
 
 
 def test_mean_gate_variant_equals_the_share_variant_only_when_gates_are_equal():
+    """B3."""
     prob_TE = randn(T, E).softmax(-1)
     weight_TK, expert_TK = prob_TE.topk(K)
     by_share = load_balancing_loss(prob_TE, counts(expert_TK), K)
