@@ -1,6 +1,7 @@
 """Reading: all damage to a checkpoint is told by name. Writing: what safetensors itself reads back."""
 
 import json
+import os
 import re
 import stat
 
@@ -135,6 +136,36 @@ HEADERS = [
         "damaged entry",
         id="a-gap",
     ),
+    pytest.param(
+        lambda header: {"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}},
+        "damaged safetensors header",
+        id="negative",
+    ),
+    pytest.param(
+        lambda header: {"a": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 0]}},
+        "damaged entry",
+        id="wraps-to-zero",
+    ),
+    pytest.param(
+        lambda header: {"a": {"dtype": "F32", "shape": [10**30], "data_offsets": [0, 4]}},
+        "damaged safetensors header",
+        id="huge",
+    ),
+    pytest.param(
+        lambda header: {"a": {"dtype": "F32", "shape": [1] * 99, "data_offsets": [0, 4]}},
+        "damaged safetensors header",
+        id="many-dimensions",
+    ),
+    pytest.param(
+        lambda header: {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in "ab"},
+        "tensor b has a damaged entry",
+        id="overlap",
+    ),
+    pytest.param(
+        lambda header: {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
+        "tensor a has a damaged entry",
+        id="of-another-type",
+    ),
 ]
 
 
@@ -148,7 +179,7 @@ def test_a_damaged_header_is_named(change, message, dense_copy):
 
 
 @pytest.mark.parametrize(
-    "file", [["a"], 3, None, "", ".", "..", "deep/model.safetensors", "/etc/passwd"], ids=repr
+    "file", [["a"], 3, None, "", ".", "..", "a\0b", "deep/model.safetensors", "/etc/passwd"], ids=repr
 )
 def test_an_index_that_names_no_file_of_its_folder_is_refused(file, dense_copy):
     folder = dense_copy()
@@ -164,6 +195,78 @@ def test_a_file_that_cannot_be_read_is_named(dense_copy):
     path.unlink()
     path.mkdir()
     with pytest.raises(UpcycleError, match=rf"{path.name} cannot be read: it is no ordinary file"):
+        open_checkpoint(folder)
+
+
+def test_json_that_programs_read_differently_is_refused(dense_copy):
+    folder = dense_copy()
+    path = shards_of(folder)[0]
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    text = data[8 : 8 + length]
+    name = json.dumps(next(name for name in json.loads(text) if name != "__metadata__")).encode()
+    for forged in (b"{" + name + b":{}," + text.lstrip()[1:], b"[" * 10**6, text.decode().encode("utf-16")):
+        path.write_bytes(len(forged).to_bytes(8, "little") + forged + data[8 + length :])
+        with pytest.raises(UpcycleError, match=f"{path.name} has a damaged safetensors header"):
+            read_header(path)
+    (folder / "config.json").write_text('{"hidden_size": 1, "hidden_size": 2}')
+    with pytest.raises(
+        UpcycleError, match=r"config\.json cannot be read as JSON: the name 'hidden_size' stands twi"
+    ):
+        open_checkpoint(folder)
+    (folder / "config.json").write_text("[" * 10**6)
+    with pytest.raises(
+        UpcycleError, match=r"config\.json cannot be read as JSON: its brackets are nested too"
+    ):
+        open_checkpoint(folder)
+
+
+def test_a_link_out_of_the_folder_is_refused(dense_copy, tmp_path):
+    folder = dense_copy()
+    path = shards_of(folder)[1]
+    outside = path.rename(tmp_path / "outside.safetensors")
+    path.symlink_to(outside)
+    message = f"{path.name} is a link to {outside}, outside its folder; put the file itself there"
+    with pytest.raises(UpcycleError, match=re.escape(message)):
+        open_checkpoint(folder)
+    path.unlink()
+    outside.rename(folder / "inside.safetensors")
+    path.symlink_to("inside.safetensors")
+    assert open_checkpoint(folder).tensors
+    single = dense_copy(name="single", shard="1GB") / SINGLE_NAME
+    single.rename(tmp_path / "outside.safetensors")
+    single.symlink_to(tmp_path / "outside.safetensors")
+    with pytest.raises(UpcycleError, match=r"model\.safetensors is a link to .*, outside its folder"):
+        open_checkpoint(single.parent)
+
+
+def test_the_links_of_a_hub_cache_are_followed(dense_copy, tmp_path):
+    """models--OWNER--NAME/snapshots/COMMIT holds links into models--OWNER--NAME/blobs."""
+    folder = dense_copy()
+    home = tmp_path / "models--someone--dense"
+    snapshot = home / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (home / "blobs").mkdir()
+    for path in folder.iterdir():
+        path.rename(home / "blobs" / f"of-{path.name}")
+        (snapshot / path.name).symlink_to(f"../../blobs/of-{path.name}")
+    assert len(open_checkpoint(snapshot).files) > 2
+    (home / "other").mkdir()
+    path = shards_of(snapshot)[0]
+    path.resolve().rename(home / "other" / "x")
+    path.unlink()
+    path.symlink_to(home / "other" / "x")
+    with pytest.raises(UpcycleError, match="outside its folder"):
+        open_checkpoint(snapshot)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX pipes")
+def test_a_pipe_in_the_place_of_a_file_does_not_hang(dense_copy):
+    folder = dense_copy()
+    path = shards_of(folder)[0]
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UpcycleError, match=f"{path.name} cannot be read: it is no ordinary file"):
         open_checkpoint(folder)
 
 
