@@ -1,4 +1,4 @@
-"""Dense checkpoints to Mixture-of-Experts checkpoints: sparse copy, Branch-Train-MiX, BAM."""
+"""Dense checkpoints to Mixture-of-Experts checkpoints, by every method of docs/upcycling.md."""
 
 from upcycle.errors import RecipeError, UpcycleError
 from upcycle.plan import UpcyclePlan, make_plan_for
