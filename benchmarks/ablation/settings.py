@@ -27,14 +27,14 @@ class AblationSettings:
     )
     length: int = 128  # tokens of a sample
     base_samples: int = 3000  # of each domain, for the base
-    samples: int = 208  # of each domain, for everything after it
+    samples: int = 416  # of each domain, for everything after it
     heldout: int = 48  # of each domain
     batch_size: int = 16
     base_lr: float = 2e-3
     lr: float = 1e-3
     warmup: float = 0.05
-    expert_epochs: float = 2.0
-    mixture_epochs: float = 2.0
+    expert_epochs: float = 1.0
+    mixture_epochs: float = 1.0
     experts: int = 4  # of copy, drop and UpIT; BTX and BAM have one per domain
     drop_ratio: float = 0.5
     seed_fraction: float = 0.1  # of the samples, for UpIT's routers
