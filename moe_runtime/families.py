@@ -230,7 +230,6 @@ _DENSE: dict[str, of.Family] = {
     "cohere2": of.Family(
         of.cohere2,
         {
-            "use_qk_norm": False,
             "layer_norm_eps": 1e-5,
             "logit_scale": 0.0625,
             "sliding_window": 4096,

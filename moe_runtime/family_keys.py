@@ -144,7 +144,8 @@ def cohere2(c: Keys) -> dict[str, Any]:
         "layer_types", ["full_attention" if not windows else "sliding_attention"] * len(local)
     )
     rotary = tuple(layer for layer, kind in enumerate(types) if kind == "sliding_attention")
-    return {**cohere(c), **windows, "rope_layers": None if len(rotary) == len(local) else rotary}
+    layers = None if len(rotary) == len(local) else rotary
+    return {**cohere({**c, "use_qk_norm": False}), **windows, "rope_layers": layers}
 
 
 def phi(c: Keys) -> dict[str, Any]:

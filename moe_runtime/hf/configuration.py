@@ -55,11 +55,13 @@ class MoeRuntimeConfig(PreTrainedConfig):
             self.output_router_logits = kwargs.pop("output_router_logits", False)
         super().__post_init__(**kwargs)
         rope_types = sorted({"default", *ROPE_INIT_FUNCTIONS})
-        if self.rope_parameters["rope_type"] not in rope_types:
-            raise ValueError(
-                f"rope_parameters['rope_type'] must be one of {', '.join(map(repr, rope_types))}, got "
-                f"{self.rope_parameters['rope_type']!r}"
-            )
+        for name in ("rope_parameters", "sliding_rope_parameters"):
+            rope = getattr(self, name)
+            if rope is not None and rope.get("rope_type") not in rope_types:
+                raise ValueError(
+                    f"{name}['rope_type'] must be one of {', '.join(map(repr, rope_types))}, got "
+                    f"{rope.get('rope_type')!r}"
+                )
         width = int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
         if width % 2 or not 0 < width <= self.head_dim:
             raise ValueError(

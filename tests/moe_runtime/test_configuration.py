@@ -104,6 +104,10 @@ def test_rope_settings_of_older_files_are_understood(older):
             {"rope_parameters": {"rope_type": "spiral"}},
             r"rope_type.* must be one of .*'default'.*got 'spiral'",
         ),
+        (
+            {"sliding_rope_parameters": {"rope_theta": 50.0}},
+            r"sliding_rope_parameters\['rope_type'\] must be one of .*'default'.*got None",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

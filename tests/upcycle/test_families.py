@@ -18,6 +18,8 @@ from upcycle.names import dense_shapes
 from upcycle.sources import open_source
 from upcycle.stored import stored_shapes, under_our_names
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILIES = [*TRAITS, *VARIANTS]
 # The first families have these tests, with more targets, in test_sparse_copy.py and test_bam.py.
 LATER = [name for name in FAMILIES if name not in ("llama", "mistral", "qwen2", "qwen3", "cohere")]
