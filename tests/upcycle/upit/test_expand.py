@@ -52,6 +52,15 @@ def test_mutation_keeps_the_expectation(drop):
     assert abs(kept - (1 - drop)) < 0.02
 
 
+def test_parents_are_mutated_independently(recording, tmp_path):
+    """Of one delta twice, half and half: each element is dropped twice, once or never."""
+    one = open_expert(experts_of(recording)[0])
+    write_child(tmp_path / "child", one, one, (0.5, 0.5), 0.5, 0, 2)
+    delta, child = deltas(one.folder)[NAME], deltas(tmp_path / "child")[NAME]
+    shares = [np.isclose(child, times * delta, rtol=1e-5).mean() for times in (0, 1, 2)]
+    assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.05)
+
+
 def test_mutation_of_factors_keeps_the_expectation(low_rank_recording, tmp_path):
     """U2 for low-rank experts: both factors have masks of their own."""
     parents = []
