@@ -2,11 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from dense_models import tensors_of
+from safetensors.torch import save_file
 
 from upcycle import verify
+from upcycle.checkpoint import Checkpoint, RowReader, read_header
+from upcycle.stream import chunks, numbers
+from upcycle.tasks import Band, Piece, Redraw, Shuffled, TensorTask
 
 EXPERTS = "model.layers.1.mlp.experts"
 
@@ -88,6 +93,33 @@ def test_new_numbers_have_the_mean_and_deviation_of_those_they_replace(dense, ru
         assert new.shape == old.shape == (128, 32)
         assert (new.mean() - old.mean()).abs() < 4 * old.std() / old.numel() ** 0.5
         assert (new.std() / old.std() - 1).abs() < 4 / (2 * old.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_the_mean_and_deviation_are_those_of_the_replaced_numbers_alone(axis, tmp_path):
+    """D4, where the hidden units differ so much that those of the whole matrix would show."""
+    units, width = 8, 256
+    values_FD = torch.randn(units, width, generator=torch.Generator().manual_seed(0))
+    unit_F1 = torch.arange(units)[:, None]
+    values_FD = values_FD * 2.0**unit_F1 + 20.0 * unit_F1
+    matrix = values_FD if axis == "rows" else values_FD.T.contiguous()
+    save_file({"w": matrix}, tmp_path / "model.safetensors")
+    tensors = read_header(tmp_path / "model.safetensors")
+    entries = Shuffled(units, 0, 3, 2, "chosen")
+    piece = Piece("w", (0,), matrix.shape[1], changes=(Redraw(axis, entries, 1, "drawn"),))
+    task = TensorTask("w", "F32", tuple(matrix.shape), (Band(len(matrix), (piece,)),))
+    with RowReader(Checkpoint(tmp_path, {}, tensors, ())) as reader:
+        written = np.concatenate([chunk.reshape(-1) for chunk in chunks(task, [reader])])
+    out_FD = torch.from_numpy(written.reshape(matrix.shape))
+    out_FD = out_FD if axis == "rows" else out_FD.T
+    changed = (out_FD != values_FD).any(1)
+    assert changed.nonzero().flatten().tolist() == sorted(numbers(entries).tolist())
+    old, new = values_FD[changed], out_FD[changed]
+    mean_error, std_error = old.std() / old.numel() ** 0.5, old.std() / (2 * old.numel()) ** 0.5
+    assert (new.mean() - old.mean()).abs() < 4 * mean_error
+    assert (new.std() - old.std()).abs() < 4 * std_error
+    assert (new.mean() - values_FD.mean()).abs() > 8 * mean_error
+    assert (new.std() - values_FD.std()).abs() > 8 * std_error
 
 
 def test_units_that_stay_keep_their_bits_in_16_bits(dense, run):
