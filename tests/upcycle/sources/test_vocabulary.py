@@ -91,3 +91,28 @@ def test_a_damaged_tokenizer_is_named(name, content, branches):
         UpcycleError, match=rf"b.{name} is no tokenizer that transformers wrote; fetch it again"
     ):
         branches(name, tokenizer(BPE) if name == "tokenizer.json" else BPE, content)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            r"rope_parameters is \{.*10000.*\} in",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+            r"rope_parameters is \{.*'rope_type': 'default'\} in .* and \{.*'factor': 2.0.*\} in",
+        ),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is False in .* and True in"),
+    ],
+    ids=["base", "scaling", "tied"],
+)
+def test_positions_and_heads_of_another_kind_are_named(changes, message, dense, dense_copy):
+    other = dense_copy()
+    path = other / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, **changes}))
+    recipe = recipe_from_dict({"method": "btx", "output": "x", "sources": [str(dense("llama")), str(other)]})
+    with pytest.raises(UpcycleError, match=f"the sources must be branches of one dense model, but {message}"):
+        make_plan_for(recipe)
