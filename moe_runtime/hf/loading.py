@@ -30,7 +30,7 @@ def load_causal_lm(
         dtype: of the weights; "auto" keeps the file's.
         device: where the model goes.
         attention: transformers' name of the attention implementation, such as "sdpa" or "flash_attention_2";
-            None lets transformers choose.
+            None lets transformers choose one that computes the model.
 
     Raises:
         FileNotFoundError: if the folder, its config.json or its weights are missing.
@@ -39,6 +39,8 @@ def load_causal_lm(
     folder = _checkpoint_folder(path)
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise FileNotFoundError(f"{folder} must hold model weights (*.safetensors), found none")
+    if attention is None and json_object(folder / "config.json").get("attn_logit_softcapping"):
+        attention = "eager"  # with its own choice, transformers 5.17 leaves out Gemma 2's cap
     try:
         with _progress_bar_on_terminals():
             model, report = AutoModelForCausalLM.from_pretrained(
