@@ -227,6 +227,18 @@ def test_equal_attention_experts_are_alike(kind):
         assert torch.tensor(matrix).allclose(torch.ones(3, 3), atol=1e-5)
 
 
+def test_weights_of_attention_experts_are_all_their_projections():
+    """With keys and values of their own an expert's heads are neighbours in every projection."""
+    model = tiny_model(BAM)
+    attention = model.model.layers[0].self_attn
+    parts = [getattr(attention, f"{name}_proj").weight.chunk(3) for name in "qkv"]
+    parts.append(attention.o_proj.weight.chunk(3, dim=1))
+    whole = torch.stack([torch.cat([part[a].flatten() for part in parts]) for a in range(3)])
+    whole = nn.functional.normalize(whole.detach(), dim=1)
+    actual = expert_stats(model, [tokens(1, 5)]).routers[0].weight_cosine
+    assert torch.tensor(actual).allclose(whole @ whole.t(), atol=1e-5)
+
+
 def test_a_mixture_of_attention_that_chooses():
     model = tiny_model(BAM_TOP_K)
     chosen = []
