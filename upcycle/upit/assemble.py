@@ -9,6 +9,7 @@ import torch
 
 from upcycle.names import layer
 from upcycle.provenance import copy_side_files
+from upcycle.recipe import Dtype
 from upcycle.run import upcycle
 from upcycle.stored import StoredRows, stored_rows
 from upcycle.upit.expert import LORA_A, LORA_B, ExpertReader, open_expert
@@ -19,7 +20,12 @@ ADAPTER_NAME = "adapter"
 
 
 def assemble(
-    recipe: UpitRecipe, experts: Sequence[str | Path], rest: str | Path, routers: Path | None, output: Path
+    recipe: UpitRecipe,
+    experts: Sequence[str | Path],
+    rest: str | Path,
+    routers: Path | None,
+    output: Path,
+    dtype: Dtype,
 ) -> Any:
     """Write the mixture to a folder that does not exist yet.
 
@@ -27,15 +33,15 @@ def assemble(
         experts: folders of the experts.
         rest: folder of the dense model that everything else comes from: the base, or the mean.
         routers: file of the routers' weights; None: they are drawn.
+        dtype: of the mixture's weights.
 
     Returns:
         The upcycling run's result, as plain values.
     """
     if Path(rest).absolute() != Path(recipe.base).expanduser().absolute():
         copy_side_files(Path(recipe.base).expanduser(), Path(rest))
-    plan = recipe.assembly(
-        str(output), [str(expert) for expert in experts], str(rest), "" if routers is None else str(routers)
-    )
+    sources = [str(expert) for expert in experts]
+    plan = recipe.assembly(str(output), sources, str(rest), "" if routers is None else str(routers), dtype)
     if recipe.lora_experts == "adapter":
         plan = replace(plan, method="copy", base=recipe.base, sources=(), experts=len(experts))
     return upcycle(plan).to_dict()

@@ -5,6 +5,7 @@ its last point ends with the bits of one that was not.
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from upcycle.upit.data import IGNORED, Sample
 from upcycle.upit.files import generator
 
 _MAX_GRAD_NORM = 1.0
+
+# Least time between two states: they hold three numbers per parameter, and a short training needs none.
+STATE_SECONDS = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +97,6 @@ def fit(
     training: Training,
     *,
     states: Path | None = None,
-    start: int = 0,
     at_point: Callable[[int, float, float], None] = lambda step, epoch, loss: None,
 ) -> list[float]:
     """Train, and return the mean loss of every epoch that was run whole or in part.
@@ -102,12 +105,13 @@ def fit(
         loss_of: the loss of a batch in a step.
         parameters: what is trained, by name, with the learning rate of each group.
         samples: of one epoch.
-        states: folder for weights and moments at every point, to resume from.
-        start: the step to go on after; its state must be there.
-        at_point: called with step, epochs done and the mean loss since the point before.
+        states: folder for weights and moments, saved at points that are at least `STATE_SECONDS` apart; if it
+            holds a state, training goes on from there.
+        at_point: called with step, epochs done and the mean loss since the point before; again for the points
+            after the last state.
 
     Raises:
-        UpcycleError: the state is missing, or a loss is not finite.
+        UpcycleError: a loss is not finite.
     """
     points = training.points(len(samples))
     num_steps, epoch_steps = (
@@ -117,9 +121,10 @@ def fit(
     groups = [{"params": list(of_rate.values()), "lr": rate} for rate, of_rate in parameters]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     named = {name: parameter for _, of_rate in parameters for name, parameter in of_rate.items()}
-    if start:
-        assert states is not None
+    start = 0 if states is None else last_state(states)
+    if states is not None and start:
         _restore(_state_path(states, start), named, optimizer)
+    saved = time.monotonic()
     since_point: list[Tensor] = []
     by_epoch: dict[int, list[Tensor]] = {}
     for step in range(start + 1, num_steps + 1):
@@ -136,11 +141,12 @@ def fit(
             mean = torch.stack(since_point).mean().item()
             since_point.clear()
             _check_finite(mean, step, training)
-            if states is not None:
-                _save(_state_path(states, step), named, optimizer)
             at_point(step, points[step], mean)
-            if states is not None:
-                keep_state(states, step)
+            # after at_point: what that has kept is never behind the state
+            if states is not None and time.monotonic() - saved >= STATE_SECONDS:
+                _save(_state_path(states, step), named, optimizer)
+                _remove_others(states, step)
+                saved = time.monotonic()
     means = [torch.stack(losses).mean().item() for losses in by_epoch.values()]
     _check_finite(math.fsum(means), num_steps, training)
     return means
@@ -194,8 +200,7 @@ def last_state(folder: Path) -> int:
     )
 
 
-def keep_state(folder: Path, step: int) -> None:
-    """Remove all other states."""
+def _remove_others(folder: Path, step: int) -> None:
     for path in folder.glob("state-*.safetensors"):
         if path != _state_path(folder, step):
             path.unlink()
@@ -220,10 +225,6 @@ def _save(path: Path, named: Mapping[str, nn.Parameter], optimizer: torch.optim.
 
 
 def _restore(path: Path, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    if not path.is_file():
-        raise UpcycleError(
-            f"{path} is missing, so the training cannot go on; remove {path.parent} to start anew"
-        )
     tensors = load_file(path)
     with torch.no_grad():
         for name, parameter in named.items():

@@ -9,18 +9,21 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
+from upcycle import names
 from upcycle.checkpoint import Checkpoint, read_json
 from upcycle.errors import UpcycleError
-from upcycle.plan import UpcyclePlan, make_plan_for
+from upcycle.plan import TORCH_DTYPE, UpcyclePlan, make_plan_for
 from upcycle.provenance import RECORD_NAME
+from upcycle.recipe import Dtype
 from upcycle.run import lock_folder
 from upcycle.sources import open_source
+from upcycle.stored import stored_rows
 from upcycle.upit.data import Data, draw_seed_set
 from upcycle.upit.expand import expand, read_origins
 from upcycle.upit.expert import open_expert
-from upcycle.upit.feed_forward import feed_forward_tensors
+from upcycle.upit.feed_forward import dense_config, feed_forward_tensors
 from upcycle.upit.files import write_json
 from upcycle.upit.recipe import UpitRecipe
 from upcycle.upit.record import Recording, check_base, open_recording, select
@@ -93,6 +96,17 @@ class Run:
         if self.recipe.non_expert == "base" or recording.rest is None:
             return self.recipe.base
         return str(recording.folder / recording.rest)
+
+    @cached_property
+    def dtype(self) -> Dtype:
+        """Of the output."""
+        name = stored_rows(self.base, dense_config(self.base))[names.EMBEDDING].tensor
+        return self.recipe.dtype or cast(Dtype, TORCH_DTYPE[self.base.tensors[name].dtype])
+
+    @property
+    def assembled_dtype(self) -> Dtype:
+        """What is trained starts unrounded: in bfloat16 most of a delta would be lost."""
+        return "float32" if self.recipe.post_train.epochs else self.dtype
 
     # --- running ---
 
@@ -234,6 +248,8 @@ class Run:
                     settings |= {f"{key}.{name}": value for name, value in values[key].items()}
                 else:
                     settings[key] = values[key]
+        if STAGES.index(stage) >= STAGES.index("assemble"):
+            settings["dtype"], settings["assembled_dtype"] = self.dtype, self.assembled_dtype
         return settings
 
     def _run(self, stage: Stage) -> None:
@@ -289,7 +305,7 @@ class Run:
         output = folder / "model"
         if output.exists():
             shutil.rmtree(output)
-        return assemble(self.recipe, self.experts, self.rest, routers, output)
+        return assemble(self.recipe, self.experts, self.rest, routers, output, self.assembled_dtype)
 
     def _post_train(self, folder: Path) -> dict[str, Any]:
         from upcycle.upit.post_train import post_train
@@ -299,7 +315,7 @@ class Run:
         output = Path(self.recipe.output).expanduser()
         if output.exists():
             return read_json(output / RECORD_NAME)["post_training"]
-        return post_train(self.recipe, assembled, self.experts, samples, folder, self._at_point)
+        return post_train(self.recipe, assembled, self.experts, samples, folder, self.dtype, self._at_point)
 
 
 def run_upit(

@@ -26,7 +26,7 @@ from upcycle.sources import open_source
 from upcycle.upit.assemble import ADAPTER_NAME, add_adapter
 from upcycle.upit.data import Sample
 from upcycle.upit.files import write_json
-from upcycle.upit.fit import Batch, Training, fit, last_state, steps_per_epoch
+from upcycle.upit.fit import Batch, Training, fit, steps_per_epoch
 from upcycle.upit.models import language_loss
 from upcycle.upit.recipe import UpitRecipe
 
@@ -40,6 +40,7 @@ def post_train(
     experts: Sequence[str | Path],
     samples: Sequence[Sample],
     folder: Path,
+    dtype: str,
     at_point: Callable[[int, float, float], None] = lambda step, epoch, loss: None,
 ) -> dict[str, Any]:
     """Train the mixture in `assembled` and write it to the recipe's output, going on where a run stopped.
@@ -48,39 +49,55 @@ def post_train(
         experts: folders of the experts, which adapters are filled from.
         samples: of one epoch.
         folder: for the state of the training.
+        dtype: of the output, as torch names it.
         at_point: called with step, epochs done and mean loss.
 
     Returns:
         The losses of the run, for the report.
     """
     settings = recipe.post_train
-    model = load_causal_lm(assembled, dtype=torch.float32, device=recipe.device)
+    model = None
+    if settings.epochs or recipe.lora_experts == "adapter":
+        model = load_causal_lm(assembled, dtype=torch.float32, device=recipe.device)
     if recipe.lora_experts == "adapter":
         add_adapter(model, experts)
     log = folder / "losses.json"
     losses: dict[str, float] = read_json(log) if log.is_file() else {}
     if settings.epochs:
-        folder.mkdir(parents=True, exist_ok=True)
-        assert settings.lr is not None
-
-        def record(step: int, epoch: float, loss: float) -> None:
-            losses[str(step)] = loss
-            write_json(log, losses)
-            at_point(step, epoch, loss)
-
-        model.train()
-        fit(
-            lambda batch, step: _loss(model, batch, recipe),
-            [(settings.lr, {name: p for name, p in model.named_parameters() if p.requires_grad})],
-            samples,
-            _training(recipe, len(samples)),
-            states=folder,
-            start=last_state(folder),
-            at_point=record,
-        )
+        _train(recipe, model, samples, folder, losses, at_point)
     result = {"epochs": settings.epochs, "losses": losses}
-    _write(recipe, model, assembled, result)
+    _write(recipe, model, assembled, dtype, result)
+    for path in folder.glob("state-*"):
+        path.unlink()
     return result
+
+
+def _train(
+    recipe: UpitRecipe,
+    model: Any,
+    samples: Sequence[Sample],
+    folder: Path,
+    losses: dict[str, float],
+    at_point: Callable[[int, float, float], None],
+) -> None:
+    """Train what requires a gradient; `losses` grows by one entry at each point."""
+
+    def record(step: int, epoch: float, loss: float) -> None:
+        losses[str(step)] = loss
+        write_json(folder / "losses.json", losses)
+        at_point(step, epoch, loss)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    assert recipe.post_train.lr is not None
+    model.train()
+    fit(
+        lambda batch, step: _loss(model, batch, recipe),
+        [(recipe.post_train.lr, {name: p for name, p in model.named_parameters() if p.requires_grad})],
+        samples,
+        _training(recipe, len(samples)),
+        states=folder,
+        at_point=record,
+    )
 
 
 def _training(recipe: UpitRecipe, num_samples: int) -> Training:
@@ -125,8 +142,8 @@ def _balance_loss(logits_TE: Tensor, mask_T: Tensor, experts_per_token: int) -> 
 # --- the output ---
 
 
-def _write(recipe: UpitRecipe, model: Any, assembled: Path, result: dict[str, Any]) -> None:
-    """The mixture as assembled, with the weights that training has changed."""
+def _write(recipe: UpitRecipe, model: Any, assembled: Path, dtype: str, result: dict[str, Any]) -> None:
+    """The mixture as assembled, with the weights that training has changed, rounded once."""
     output = Path(recipe.output).expanduser()
     record = read_json(assembled / RECORD_NAME)
     adapter = recipe.lora_experts == "adapter"
@@ -135,12 +152,13 @@ def _write(recipe: UpitRecipe, model: Any, assembled: Path, result: dict[str, An
             save_expert_lora(model, folder / ADAPTER_NAME)
             remove_expert_lora(model)
         if recipe.post_train.epochs:
-            dtype = getattr(torch, read_json(assembled / "config.json")["dtype"])
             with quiet_transformers():
-                model.to(dtype).save_pretrained(folder, max_shard_size=recipe.max_shard_size)
+                rounded = model.to(getattr(torch, dtype))
+                rounded.save_pretrained(folder, max_shard_size=recipe.max_shard_size)
         for path in sorted(assembled.iterdir()):
             if not _is_weights(path, recipe):
                 copy_file(path, folder / path.name)
+        write_synced_json(folder / "config.json", {**read_json(assembled / "config.json"), "dtype": dtype})
         values = recipe.to_dict()
         for name in ("output", "work", "device"):
             del values[name]

@@ -1,5 +1,6 @@
 """Fine-tune the base and record its feed-forwards on the way (stage 1 of UpIT)."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from torch import nn
 
 from upcycle.upit.data import Sample
 from upcycle.upit.feed_forward import feed_forward_tensors
-from upcycle.upit.fit import Training, fit
+from upcycle.upit.fit import Training, fit, last_state
 from upcycle.upit.low_rank import LowRankModel
 from upcycle.upit.models import language_loss, load_dense, new_factors
 from upcycle.upit.recipe import UpitRecipe
@@ -57,14 +58,20 @@ def prepare(
         at_point(step, epoch, loss)
 
     assert settings.lr is not None
+    training = training_of(recipe)
+    states = folder / "state"
+    if recorder.recording.last_step == max(training.points(len(samples))):
+        return recorder.recording
+    if last_state(states) > recorder.recording.last_step:  # of a recording that was removed
+        shutil.rmtree(states)
     model.train()
     fit(
         lambda batch, step: language_loss(model, batch),
         [(settings.lr, parameters)],
         samples,
-        training_of(recipe),
-        states=folder / "state",
-        start=recorder.recording.last_step,
+        training,
+        states=states,
         at_point=record,
     )
+    shutil.rmtree(states, ignore_errors=True)
     return recorder.recording

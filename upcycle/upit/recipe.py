@@ -186,7 +186,9 @@ class UpitRecipe:
         for name, value in filled.items():
             object.__setattr__(self, name, value)
 
-    def assembly(self, output: str, experts: list[str], rest: str, routers: str) -> Recipe:
+    def assembly(
+        self, output: str, experts: list[str], rest: str, routers: str, dtype: Dtype | None = None
+    ) -> Recipe:
         """The recipe of the upcycling run that puts the experts together.
 
         Args:
@@ -194,6 +196,7 @@ class UpitRecipe:
             experts: folders of the experts.
             rest: folder that everything else comes from.
             routers: file of the routers' weights; "": they are drawn.
+            dtype: of the weights; None: the recipe's, or that of `rest`.
         """
         start = {"init": "file", "path": routers} if routers else {"std": self.route.std, "seed": self.seed}
         return Recipe(
@@ -205,7 +208,7 @@ class UpitRecipe:
             experts_per_token=self.experts_per_token,
             router=RouterRecipe(gate=self.gate, aux_loss_coef=self.post_train.aux_loss_coef, **start),
             non_expert="base",
-            dtype=self.dtype,
+            dtype=dtype or self.dtype,
             max_shard_size=self.max_shard_size,
         )
 

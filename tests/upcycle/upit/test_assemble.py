@@ -60,7 +60,7 @@ def test_adapters_compute_what_merged_experts_compute(family, dense, data, tmp_p
     for kind in ("merged", "adapter"):
         changes = {"paradigm": "lora", "lora_experts": kind, "experts": 3}
         recipe = small_recipe(base, data, tmp_path, **changes)
-        assemble(recipe, folders, base, routers, tmp_path / kind)
+        assemble(recipe, folders, base, routers, tmp_path / kind, "float32")
         model = load_causal_lm(tmp_path / kind)
         if kind == "adapter":
             outputs["without"] = logits(model)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import upcycle.upit.fit
 from upcycle.errors import UpcycleError
 from upcycle.upit.data import Sample
 from upcycle.upit.fit import Training, collate, fit, last_state
@@ -45,24 +46,41 @@ def run(model, **options):
     return fit(model.loss, groups, samples(16), training(), **options)
 
 
-def test_a_stopped_training_ends_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize("seconds", [0.0, 300.0])
+def test_a_stopped_training_ends_with_the_same_bits(seconds, tmp_path, monkeypatch):
+    """From its last state, or where none was due, from the beginning."""
+    monkeypatch.setattr(upcycle.upit.fit, "STATE_SECONDS", seconds)
     whole, stopped = Line(), Line()
-    points = []
-    run(whole, at_point=lambda step, epoch, loss: points.append((step, epoch)))
-    assert points == [(2, 0.5), (4, 1.0), (6, 1.5), (8, 2.0), (10, 2.5), (12, 3.0)]
+    points, again = [], []
+    run(whole, at_point=lambda *point: points.append(point))
+    steps = [(2, 0.5), (4, 1.0), (6, 1.5), (8, 2.0), (10, 2.5), (12, 3.0)]
+    assert [point[:2] for point in points] == steps
 
     def stop(step, epoch, loss):
-        if step == 6:
+        if step == 8:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run(stopped, states=tmp_path, at_point=stop)
-    assert last_state(tmp_path) == 6
-    again = Line()
-    run(again, states=tmp_path, start=6)
-    assert torch.equal(again.layer.weight, whole.layer.weight)
-    assert torch.equal(again.layer.bias, whole.layer.bias)
-    assert [path.name for path in tmp_path.iterdir()] == ["state-00000012.safetensors"]
+    assert last_state(tmp_path) == (6 if seconds == 0.0 else 0)
+    assert len([*tmp_path.iterdir()]) == (1 if seconds == 0.0 else 0)
+    resumed = Line()
+    run(resumed, states=tmp_path, at_point=lambda *point: again.append(point))
+    assert again == points[3 if seconds == 0.0 else 0 :]
+    assert torch.equal(resumed.layer.weight, whole.layer.weight)
+    assert torch.equal(resumed.layer.bias, whole.layer.bias)
+
+
+def test_every_step_draws_anew():
+    masks = []
+
+    def loss_of(batch, step):
+        masks.append(tuple(torch.rand(4).tolist()))
+        return model.loss(batch, step)
+
+    model = Line()
+    fit(loss_of, [(0.1, dict(model.layer.named_parameters()))], samples(16), training())
+    assert len(set(masks)) == 12
 
 
 def test_the_callers_random_numbers_stay():
@@ -100,11 +118,6 @@ def test_points_closer_than_a_step_are_refused():
     sentence = r"but 0.5 of an epoch of 1 steps \(3 samples in batches of 4\) is less"
     with pytest.raises(UpcycleError, match=sentence):
         training().points(3)
-
-
-def test_a_missing_state_is_named(tmp_path):
-    with pytest.raises(UpcycleError, match=r"state-00000004.safetensors is missing, so the training"):
-        run(Line(), states=tmp_path, start=4)
 
 
 def test_a_loss_that_is_not_finite_is_told(tmp_path: Path):

@@ -16,6 +16,7 @@ from dense_models import tensors_of
 from upit_runs import experts_of, small_recipe
 
 import upcycle
+import upcycle.upit.fit
 from moe_runtime.cli import main
 from moe_runtime.hf.loading import load_causal_lm, load_tokenizer
 from upcycle.errors import UpcycleError
@@ -76,8 +77,10 @@ STOPS = [
 ]
 
 
-def test_a_run_stopped_anywhere_ends_with_the_same_bits(finished, recipe):
+@pytest.mark.parametrize("seconds", [0.0, 300.0])
+def test_a_run_stopped_anywhere_ends_with_the_same_bits(seconds, finished, recipe, monkeypatch):
     """Between stages and within them: at each stop the run is begun anew from what it left."""
+    monkeypatch.setattr(upcycle.upit.fit, "STATE_SECONDS", seconds)
     whole, results = finished()
     made = recipe()
     for stop in STOPS:
@@ -119,6 +122,22 @@ def test_another_process_that_is_killed_goes_on_to_the_same_bits(finished, recip
     assert not (Path(made.work) / "route" / "result.json").exists()
     run_upit(made)
     assert weights(made) == weights(whole)
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_the_output_has_the_bases_type_and_is_rounded_once(epochs, dense, base, data, tmp_path):
+    """Training starts from what the experts are, not from their rounding."""
+    half = shutil.copytree(dense("llama", vocab_size=257, dtype=torch.bfloat16), tmp_path / "half")
+    load_tokenizer(base).save_pretrained(half)
+    made = small_recipe(half, data, tmp_path, post_train={"epochs": epochs})
+    run_upit(made)
+    dtypes = [
+        {tensor.dtype for tensor in tensors_of(folder).values()}
+        for folder in (Path(made.work) / "assemble" / "model", Path(made.output))
+    ]
+    assert dtypes == [{torch.float32 if epochs else torch.bfloat16}, {torch.bfloat16}]
+    assert load_causal_lm(made.output).dtype == torch.bfloat16
+    assert not [*Path(made.work).rglob("state-*")]
 
 
 def test_another_seed_gives_another_mixture(finished):
