@@ -51,6 +51,16 @@ def test_a_run_leaves_a_trained_mixture(paradigm, finished):
     assert "trained for 1 epochs since" in (Path(recipe.output) / "README.md").read_text()
 
 
+@pytest.mark.parametrize("non_expert", ["mean", "base"])
+def test_everything_else_is_the_mean_or_the_bases(non_expert, finished):
+    recipe, _ = finished(non_expert=non_expert, post_train={"epochs": 0})
+    name = "model.layers.1.self_attn.q_proj.weight"
+    of_base = tensors_of(Path(recipe.base))[name]
+    of_mean = tensors_of(Path(recipe.work) / "prepare" / "rest-0002")[name]
+    assert not torch.equal(of_base, of_mean)
+    assert torch.equal(tensors_of(Path(recipe.output))[name], of_mean if non_expert == "mean" else of_base)
+
+
 def test_verify_knows_that_the_mixture_was_trained(finished):
     recipe, _ = finished()
     verification = upcycle.verify(recipe.output)

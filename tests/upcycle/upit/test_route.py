@@ -50,6 +50,25 @@ def test_vectors_come_to_score_their_own_samples_higher(
     assert trained == ([] if options.get("freeze_experts") else ["expert-00", "expert-01"])
 
 
+def test_negatives_lower_the_scores_of_other_samples(base, recording, samples, recipe, tmp_path):
+    means = {}
+    for negatives in (False, True):
+        route_settings = {"freeze_experts": True, "negatives": negatives, "epochs": 6}
+        made = replace(recipe(route=route_settings), experts=2)
+        folder = tmp_path / f"{negatives}"
+        run(made, recording, samples, folder)
+        model = load_dense(recording.folder / recording.rest, "cpu")
+        opened = open_expert(experts_of(recording)[0])
+        vectors = load_file(folder / "expert-00" / "vectors.safetensors")["vectors"]
+        with ExpertInModel(model, opened):
+            scorer = RoutingVectors(model, router_inputs(opened), torch.from_numpy(vectors))
+            means[negatives] = upcycle.upit.route._mean_sigmoid(made, model, scorer, samples)
+            scorer.remove()
+    # without them every score is pushed up
+    assert means[False] > 0.6
+    assert means[True] < means[False] - 0.05
+
+
 def test_the_score_is_the_routers_logit(base, recording, samples):
     """h = n · r with n what the feed-forward reads, padding left out."""
     model = load_dense(base, "cpu")
