@@ -122,7 +122,8 @@ def _lines(path: Path, text: str, tokenizer: Any) -> Iterator[tuple[list[int], l
         ids: list[int] = []
         counted: list[bool] = []
         for part, counts in _parts(where, values, tokenizer):
-            of_part = _encode(tokenizer, part, more=bool(ids))
+            # a chat template writes the token for a beginning itself
+            of_part = _encode(tokenizer, part, more=bool(ids) or "messages" in values)
             ids += of_part
             counted += [counts] * len(of_part)
         if "completion" in values and tokenizer.eos_token_id is not None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from byte_tokenizer import END, byte_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from upcycle.errors import UpcycleError
 from upcycle.upit.data import IGNORED, draw_seed_set, load_data
@@ -62,6 +63,19 @@ def test_assistants_messages_count(chat_tokenizer, file):
     whole = "<system>S|<user>one|<assistant>ONE|<user>two|<assistant>TWO|"
     assert chat_tokenizer.decode(sample.ids_L) == whole
     assert spoken(chat_tokenizer, sample) == "ONE|TWO|"
+
+
+def test_only_prompts_begin_with_the_token_for_a_beginning(chat_tokenizer, file):
+    """A chat template writes it itself where its model wants one; blocks of a text are no beginnings."""
+    begins = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", END)])
+    chat_tokenizer.backend_tokenizer.post_processor = begins
+    messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    lines = [{"prompt": "p", "completion": "c"}, {"messages": messages}]
+    instructions, chat = load_data([file(lines)], chat_tokenizer, 99).samples
+    assert chat_tokenizer.decode(instructions.ids_L) == "<end>pc<end>"
+    assert chat_tokenizer.decode(chat.ids_L) == "<user>u|<assistant>a|"
+    (text,) = load_data([file("text")], chat_tokenizer, 99).samples
+    assert chat_tokenizer.decode(text.ids_L) == "text"
 
 
 def test_text_is_cut_into_blocks_that_count_whole(tokenizer, file):
