@@ -113,11 +113,7 @@ def fit(
     Raises:
         UpcycleError: a loss is not finite.
     """
-    points = training.points(len(samples))
-    num_steps, epoch_steps = (
-        training.num_steps(len(samples)),
-        steps_per_epoch(len(samples), training.batch_size),
-    )
+    points, num_steps = training.points(len(samples)), training.num_steps(len(samples))
     groups = [{"params": list(of_rate.values()), "lr": rate} for rate, of_rate in parameters]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     named = {name: parameter for _, of_rate in parameters for name, parameter in of_rate.items()}
@@ -128,13 +124,11 @@ def fit(
     since_point: list[Tensor] = []
     by_epoch: dict[int, list[Tensor]] = {}
     for step in range(start + 1, num_steps + 1):
-        epoch, place = divmod(step - 1, epoch_steps)
-        order = generator(training.seed, f"{training.label} epoch {epoch}").permutation(len(samples))
-        places = order[place * training.batch_size : (place + 1) * training.batch_size].tolist()
         factor = _rate_factor(step, num_steps, training.warmup)
         for group, (rate, _) in zip(optimizer.param_groups, parameters, strict=True):
             group["lr"] = rate * factor
-        loss = _step(loss_of, collate(samples, places, training.device), step, training, optimizer, named)
+        epoch, batch = _batch(samples, step, training)
+        loss = _step(loss_of, batch, step, training, optimizer, named)
         since_point.append(loss)
         by_epoch.setdefault(epoch, []).append(loss)
         if step in points:
@@ -157,6 +151,14 @@ def _check_finite(loss: float, step: int, training: Training) -> None:
         raise UpcycleError(
             f"{training.label}: the loss is not finite after step {step}; take a lower learning rate"
         )
+
+
+def _batch(samples: Sequence[Sample], step: int, training: Training) -> tuple[int, Batch]:
+    """The epoch of a step, and its share of that epoch's order."""
+    size = training.batch_size
+    epoch, place = divmod(step - 1, steps_per_epoch(len(samples), size))
+    order = generator(training.seed, f"{training.label} epoch {epoch}").permutation(len(samples))
+    return epoch, collate(samples, order[place * size : (place + 1) * size].tolist(), training.device)
 
 
 def _step(
