@@ -280,7 +280,8 @@ def _check_block(recipe: Recipe, base: Checkpoint, dense: ModelConfig) -> None:
     family = base.config_json["model_type"]
     why = {
         "parallel": "their feed-forward reads the attention's result, and a parallel block would compute "
-        "something else; leave 'block' out to keep sequential blocks, or start from a family with parallel blocks, such as cohere",
+        "something else; leave 'block' out to keep sequential blocks, or start from a family with parallel "
+        "blocks, such as cohere",
         "sequential": "their attention and feed-forward read the same norm, and a sequential block would "
         "need a second one; leave 'block' out",
     }[recipe.block]

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from dense_models import tensors_of
+import transformers
+from dense_models import SIZES, tensors_of
 from safetensors.torch import load_file, save_file
 
 from upcycle import UpcycleError, verify
 
 MLP = "model.layers.1.mlp"
-MOE = "model.layers.1.block_sparse_moe"
 
 
 @pytest.fixture
@@ -83,7 +83,6 @@ def test_native_mixtures_get_their_noise_on_the_rows(family, target, mixture, ru
         ("llama", "mixtral"),
         ("qwen2", "qwen2_moe"),
         ("qwen3", "qwen3_moe"),
-        ("olmo2", "flex_olmo"),
         ("granite", "granitemoe"),
     ],
 )
@@ -96,26 +95,23 @@ def test_as_many_copies_for_each_expert_and_token_keep_renormalised_gates(family
     assert abs(result.divergence) < 1e-8
 
 
-def test_a_stacked_file_of_a_native_format_is_read(mixture, run):
-    source = mixture(target="mixtral")
-    expected = tensors_of(grow(run, source, 2, "expected"))
-    tensors = tensors_of(source)
-    for path in source.glob("*.safetensors*"):
-        path.unlink()
-    for layer in range(3):
-        moe = f"model.layers.{layer}.block_sparse_moe"
-        w1, w2, w3 = (
-            torch.stack([tensors.pop(f"{moe}.experts.{e}.{w}.weight") for e in range(3)])
-            for w in ("w1", "w2", "w3")
-        )
-        mlp = f"model.layers.{layer}.mlp"
-        tensors[f"{mlp}.experts.gate_up_proj"] = torch.cat([w1, w3], 1)
-        tensors[f"{mlp}.experts.down_proj"] = w2
-        tensors[f"{mlp}.gate.weight"] = tensors.pop(f"{moe}.gate.weight")
-    save_file(tensors, source / "model.safetensors")
-    again = tensors_of(grow(run, source, 2, "again"))
-    assert again.keys() == expected.keys()
-    assert all(torch.equal(again[name], expected[name]) for name in expected)
+def test_both_layouts_that_transformers_writes_are_read(run, tmp_path):
+    """Experts one by one, and stacked as in memory; of OLMoE, which no dense family here becomes."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_experts": 3, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**sizes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
+    model.save_pretrained(tmp_path / "apart")
+    model.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    assert "model.layers.0.mlp.experts.down_proj" in tensors_of(tmp_path / "stacked")
+    same = {"target": "olmoe", "experts_per_token": 4, "replicate": {"noise": 0}}
+    apart, stacked = (grow(run, tmp_path / name, 2, f"{name}-out", **same) for name in ("apart", "stacked"))
+    assert verify(apart).max_abs_diff < 1e-4
+    expected, written = tensors_of(apart), tensors_of(stacked)
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
 
 
 def test_dense_layers_and_shared_experts_stay(dense, run):
