@@ -44,7 +44,7 @@ class FakeFlash:
         return_attn_probs=False,
         block_table=None,
     ):
-        assert (dropout_p, softcap, alibi_slopes, return_attn_probs, block_table) == (0, 0, None, False, None)
+        assert (dropout_p, alibi_slopes, return_attn_probs, block_table) == (0, None, False, None)
         return self._varlen(
             q,
             k,
@@ -56,6 +56,7 @@ class FakeFlash:
             softmax_scale,
             causal,
             window_size,
+            softcap,
             deterministic,
         )
 
@@ -85,7 +86,7 @@ class FakeFlash:
         sm_margin=0,
         return_attn_probs=False,
     ):
-        assert (seqused_q, seqused_k, qv, attention_chunk, softcap) == (None, None, None, 0, 0.0)
+        assert (seqused_q, seqused_k, qv, attention_chunk) == (None, None, None, 0)
         attended = self._varlen(
             q,
             k,
@@ -97,11 +98,14 @@ class FakeFlash:
             softmax_scale,
             causal,
             window_size,
+            softcap,
             deterministic,
         )
         return (attended, q.new_zeros(q.shape[1], len(q))) if self.early else attended
 
-    def _varlen(self, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, causal, window_size, deterministic):
+    def _varlen(
+        self, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, causal, window_size, softcap, deterministic
+    ):
         self.calls.append(
             SimpleNamespace(
                 q=q,
@@ -112,6 +116,7 @@ class FakeFlash:
                 scale=softmax_scale,
                 causal=causal,
                 window=window_size,
+                softcap=softcap,
                 deterministic=deterministic,
             )
         )
@@ -127,11 +132,11 @@ class FakeFlash:
         assert sum(lengths) == len(q) == len(k) == len(v)
         assert q.shape[1] % k.shape[1] == 0
         documents = (x.split(lengths) for x in (q, k, v))
-        parts = [_dense(*part, softmax_scale, causal, window_size) for part in zip(*documents, strict=True)]
-        return torch.cat(parts)
+        how = (softmax_scale, causal, window_size, softcap)
+        return torch.cat([_dense(*part, *how) for part in zip(*documents, strict=True)])
 
 
-def _dense(q, k, v, scale, causal, window):
+def _dense(q, k, v, scale, causal, window, softcap):
     """Attention of one document, [length, heads, P] each."""
     position = torch.arange(len(q))
     age = position[:, None] - position
@@ -144,7 +149,10 @@ def _dense(q, k, v, scale, causal, window):
         seen &= -age <= window[1]
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)[0].transpose(0, 1)
+    if softcap == 0.0:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)[0].transpose(0, 1)
+    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * scale / softcap)
+    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v)[0].transpose(0, 1)
 
 
 def install(monkeypatch, version: int, dtypes: tuple[torch.dtype, ...] = HALF) -> FakeFlash:

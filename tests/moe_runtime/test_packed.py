@@ -96,18 +96,26 @@ def flash_mixture(**options) -> MixtureOfAttention:
 # --- layers ---
 
 
-@pytest.mark.parametrize("options", [*MIXTURES, pytest.param({"sliding_window": 3}, id="window")])
+ALONE = [
+    *MIXTURES,
+    pytest.param({"sliding_window": 3}, id="window"),
+    pytest.param({"scale": 0.9, "logit_cap": 0.5}, id="capped"),
+]
+
+
+@pytest.mark.parametrize("options", ALONE)
 def test_a_packed_row_equals_its_documents(options):
     layer = mixture(**options, qk_norm="rms_norm")
     assert_same_function(in_one_row, one_by_one, layer, randn(1, L, D))
 
 
-@pytest.mark.parametrize("options", [*MIXTURES, pytest.param({"sliding_window": 3}, id="window")])
+@pytest.mark.parametrize("options", ALONE)
 def test_flash_kernels_give_the_documents_too(options, flash):
     layer = flash_mixture(**options)
     fake = flash(2, (torch.float32, WIDE))
     assert_same_function(in_one_row, one_by_one, layer, randn(1, L, D))
     assert len(fake.calls) == 2  # float32 and float64
+    assert {call.softcap for call in fake.calls} == {options.get("logit_cap", 0.0)}
 
 
 @pytest.mark.parametrize(
