@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -107,16 +108,18 @@ def route(
             f"{report['sigmoid_after']:.3f}"
         )
         reports.append(report)
-    rows = [
+    vectors = [
         load_file(expert_folder(folder, number) / _VECTORS_NAME)["vectors"] for number in range(len(opened))
     ]
-    write_routers(folder / ROUTERS_NAME, np.stack(rows, axis=1))
+    vector_LED = np.stack(vectors, axis=1)
+    write_routers(folder / ROUTERS_NAME, vector_LED)
     return {
         "seed_samples": len(seed_set),
         "mean_log_perplexity": log_perplexity_ES.mean(axis=1).tolist(),
         "chosen": list(buckets.chosen_E),
         "bucket_sizes": list(buckets.sizes),
         "moved": buckets.moved,
+        "vector_cosine": mean_cosine(vector_LED),
         "experts": reports,
     }
 
@@ -125,7 +128,15 @@ def expert_folder(folder: Path, number: int) -> Path:
     return folder / f"expert-{number:02}"
 
 
-def write_routers(path: Path, vector_LED: Any) -> None:
+def mean_cosine(vector_LED: NDArray) -> float:
+    """Between the vectors of two experts, the mean over layers and pairs; at 1 all experts score alike."""
+    unit_LED = vector_LED / np.linalg.norm(vector_LED, axis=2, keepdims=True)
+    E = vector_LED.shape[1]
+    cosine_LEE = unit_LED @ unit_LED.transpose(0, 2, 1)
+    return float(cosine_LEE[:, ~np.eye(E, dtype=bool)].mean())
+
+
+def write_routers(path: Path, vector_LED: NDArray) -> None:
     """The routers of all layers in the file that `router: {init: file}` reads."""
     rows = {
         f"{names.layer(layer)}.mlp.router": np.ascontiguousarray(of_layer)
@@ -138,7 +149,7 @@ def write_routers(path: Path, vector_LED: Any) -> None:
 
 def _perplexities(
     recipe: UpitRecipe, experts: Sequence[Expert], model: Any, seed_set: Sequence[Sample], folder: Path
-) -> Any:
+) -> NDArray[np.float64]:
     """log-perplexity of every sample under every expert; experts that are done are read from the folder."""
     path = folder / "perplexities.json"
     done: list[list[float]] = read_json(path)["log_perplexity"] if path.is_file() else []

@@ -15,7 +15,7 @@ from upcycle.upit.expert import open_expert
 from upcycle.upit.feed_forward import router_inputs
 from upcycle.upit.fit import collate
 from upcycle.upit.models import ExpertInModel, load_dense, load_samples, log_perplexities
-from upcycle.upit.route import RoutingVectors, route
+from upcycle.upit.route import RoutingVectors, mean_cosine, route
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,13 @@ def test_negatives_lower_the_scores_of_other_samples(base, recording, samples, r
     # without them every score is pushed up
     assert means[False] > 0.6
     assert means[True] < means[False] - 0.05
+
+
+def test_the_cosine_of_vectors_is_the_mean_over_pairs_and_layers():
+    vector_LED = np.array([[[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]], [[1.0, 1.0], [1.0, 1.0], [-2.0, -2.0]]])
+    # the pairs' are 1, 0, 0 and 1, -1, -1
+    assert mean_cosine(vector_LED) == pytest.approx((1 / 3 - 1 / 3) / 2)
+    assert mean_cosine(vector_LED[:1]) == pytest.approx(1 / 3)
 
 
 def test_the_score_is_the_routers_logit(base, recording, samples):
