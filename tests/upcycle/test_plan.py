@@ -246,7 +246,7 @@ def test_families_without_a_plan_are_named(dense_copy):
     folder = dense_copy()
     change_config(folder, model_type="mixtral")
     with pytest.raises(
-        UpcycleError, match="model_type must be one of llama, mistral, .*, falcon, got 'mixtral'"
+        UpcycleError, match=r"model_type must be one of llama, mistral, .*, falcon, got 'mixtral'"
     ):
         copy_plan(folder)
     change_config(folder, model_type="llama", hidden_act="gelu_10")
