@@ -7,6 +7,7 @@ then the tensors' bytes without gaps. A sharded checkpoint has an index: which f
 import json
 import os
 import stat
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ _MAX_HEADER = 100_000_000
 # Of a shape in a header; beyond it a forged one would keep the multiplication of its sizes busy.
 _MAX_DIMENSIONS = 16
 _MAX_SIZE = 2**63
+_COPY_BYTES = 8 * 2**20  # at once
 
 
 @dataclass(frozen=True)
@@ -263,12 +265,24 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+@dataclass(frozen=True)
+class FileSpan:
+    """`nbytes` bytes of a file from `start` on; `title` says which, for messages."""
+
+    file: FileIO
+    start: int
+    nbytes: int
+    title: str
+
+
 class RowReader:
     """Reads rows of tensors that lie in files as they are. Keeps its files open; use it in a `with`."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self._files: dict[str, FileIO] = {}
+        # Spans all of whose numbers have been seen to be finite.
+        self.checked: set[FileSpan] = set()
 
     def __enter__(self) -> "RowReader":
         return self
@@ -279,16 +293,25 @@ class RowReader:
 
     def rows(self, name: str, width: int, first: int, count: int) -> NDArray:
         """`count` rows from `first` on of a tensor seen as a matrix of `width` columns, as stored."""
-        tensor = self.checkpoint.tensors[name]
-        storage = STORAGE[tensor.dtype]
-        if tensor.file not in self._files:
-            self._files[tensor.file] = open_regular(self.checkpoint.folder / tensor.file)
-        values = np.empty((count, width), storage)
-        start = tensor.start + first * width * storage.itemsize
-        if not read_into(self._files[tensor.file], start, values):
-            path = self.checkpoint.folder / tensor.file
-            raise UpcycleError(f"{path} became shorter while tensor {name} was read; fetch it again")
+        span = self.span(name, width, first, count)
+        values = np.empty((count, width), STORAGE[self.checkpoint.tensors[name].dtype])
+        if not read_into(span.file, span.start, values):
+            raise _became_shorter(span)
         return values
+
+    def span(self, name: str, width: int, first: int, count: int) -> FileSpan:
+        """Where these rows lie."""
+        tensor = self.checkpoint.tensors[name]
+        path = self.checkpoint.folder / tensor.file
+        if tensor.file not in self._files:
+            self._files[tensor.file] = open_regular(path)
+        row_bytes = width * STORAGE[tensor.dtype].itemsize
+        start = tensor.start + first * row_bytes
+        return FileSpan(self._files[tensor.file], start, count * row_bytes, f"{path}, tensor {name}")
+
+
+def _became_shorter(span: FileSpan) -> UpcycleError:
+    return UpcycleError(f"{span.title}: the file became shorter while it was read; fetch it again")
 
 
 def read_into(file: FileIO, start: int, values: NDArray) -> bool:
@@ -364,7 +387,10 @@ def index_json(shards: Sequence[Shard]) -> dict[str, Any]:
 
 
 def write_shard(
-    path: Path, shard: Shard, chunks: Iterable[NDArray], advance: Callable[[int], object] = lambda _: None
+    path: Path,
+    shard: Shard,
+    chunks: Iterable[NDArray | FileSpan],
+    advance: Callable[[int], object] = lambda _: None,
 ) -> None:
     """Write a file from the bytes of its tensors in order, and hand it to the disk.
 
@@ -374,11 +400,31 @@ def write_shard(
     with part.open("wb", buffering=0) as file:
         _write_all(file, shard.header())
         for chunk in chunks:
-            _write_all(file, np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
+            if isinstance(chunk, FileSpan):
+                _copy_span(file, chunk)
+            else:
+                _write_all(file, np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
             advance(chunk.nbytes)
         os.fsync(file.fileno())
     part.chmod(0o644)
     os.replace(part, path)
+
+
+def _copy_span(file: FileIO, span: FileSpan) -> None:
+    """By the kernel where it can copy between files, which saves two ways through this process' memory."""
+    position, stop = span.start, span.start + span.nbytes
+    while position < stop:
+        count = min(stop - position, _COPY_BYTES)
+        if sys.platform == "linux":
+            copied = os.sendfile(file.fileno(), span.file.fileno(), position, count)
+        else:
+            span.file.seek(position)
+            data = span.file.read(count)
+            _write_all(file, data)
+            copied = len(data)
+        if not copied:
+            raise _became_shorter(span)
+        position += copied
 
 
 def _write_all(file: FileIO, data: bytes | memoryview) -> None:

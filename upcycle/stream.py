@@ -8,7 +8,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from upcycle.checkpoint import Reader
+from upcycle.checkpoint import FileSpan, Reader, RowReader
 from upcycle.dtypes import STORAGE, all_finite, from_float32, to_float32
 from upcycle.errors import UpcycleError
 from upcycle.tasks import (
@@ -35,8 +35,8 @@ Rows = NDArray[np.float32]
 Changer = Callable[[Rows, int], Rows]
 
 
-def chunks(task: TensorTask, readers: Sequence[Reader]) -> Iterator[NDArray]:
-    """The tensor from its first element to its last, in its stored type.
+def chunks(task: TensorTask, readers: Sequence[Reader]) -> Iterator[NDArray | FileSpan]:
+    """The tensor from its first element to its last, in its stored type: values, or where they lie.
 
     Raises:
         UpcycleError: a source element is not finite, or too large for the output's type.
@@ -114,7 +114,33 @@ def numbers(shuffled: Shuffled) -> NDArray[np.int64]:
 # --- pieces ---
 
 
-def _band_chunks(task: TensorTask, band: Band, readers: Sequence[Reader]) -> Iterator[NDArray]:
+def _band_chunks(task: TensorTask, band: Band, readers: Sequence[Reader]) -> Iterator[NDArray | FileSpan]:
+    reader = _reader_as_stored(task, band, readers)
+    if reader is None:
+        yield from _band_values(task, band, readers)
+        return
+    (piece,) = band.pieces
+    span = reader.span(piece.tensor, piece.width, piece.first_row, band.rows)
+    if span in reader.checked:  # as for every expert but the first of copies
+        yield span
+        return
+    yield from _band_values(task, band, readers)
+    reader.checked.add(span)
+
+
+def _reader_as_stored(task: TensorTask, band: Band, readers: Sequence[Reader]) -> RowReader | None:
+    """The reader of the file that holds the band's bytes one after the other as they are written, if any."""
+    piece = band.pieces[0]
+    reader = readers[piece.sources[0]]
+    whole_rows = len(band.pieces) == 1 and piece.columns == piece.width and len(piece.sources) == 1
+    if not whole_rows or piece.row_order or piece.column_order or piece.changes:
+        return None
+    if not isinstance(reader, RowReader) or reader.checkpoint.tensors[piece.tensor].dtype != task.dtype:
+        return None
+    return reader
+
+
+def _band_values(task: TensorTask, band: Band, readers: Sequence[Reader]) -> Iterator[NDArray]:
     step = _rows_at_once(band.pieces)
     changers = [
         [_changer(change, piece, band.rows, readers) for change in piece.changes] for piece in band.pieces

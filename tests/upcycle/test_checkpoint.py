@@ -4,6 +4,7 @@ import json
 import os
 import re
 import stat
+import sys
 
 import numpy as np
 import pytest
@@ -306,7 +307,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(dense_copy):
     path.write_bytes(path.read_bytes()[: tensor.start + 4])
     with (
         RowReader(checkpoint) as reader,
-        pytest.raises(UpcycleError, match=f"became shorter while tensor {name}"),
+        pytest.raises(UpcycleError, match=f"tensor {name}: the file became shorter while it was read"),
     ):
         reader.rows(name, 1, 0, 8)
 
@@ -343,3 +344,24 @@ def test_a_written_file_is_read_by_safetensors_and_by_others(tmp_path):
         assert file.metadata() == {"format": "pt"}
     for tensor in read_header(path).values():
         assert tensor.start % STORAGE[tensor.dtype].itemsize == 0
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_stored_bytes_are_copied_from_file_to_file(platform, tmp_path, monkeypatch):
+    if platform == "linux" and sys.platform != "linux":
+        pytest.skip("needs Linux's sendfile")
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr("upcycle.checkpoint._COPY_BYTES", 5)
+    save_file({"a": torch.zeros(3), "b": torch.arange(24.0).view(6, 4)}, tmp_path / SINGLE_NAME)
+    (tmp_path / "config.json").write_text("{}")
+    (shard,) = make_shards([zeros("x", "F32", 2, 4), zeros("y", "F32", 1)], max_bytes=1000)
+    path = tmp_path / "out.safetensors"
+    with RowReader(open_checkpoint(tmp_path)) as reader:
+        span = reader.span("b", 4, 3, 2)
+        write_shard(path, shard, [span, np.array([7], np.float32)])
+        assert load_file(path)["x"].tolist() == [[12, 13, 14, 15], [16, 17, 18, 19]]
+        assert load_file(path)["y"].tolist() == [7]
+        os.truncate(tmp_path / SINGLE_NAME, span.start + 6)
+        with pytest.raises(UpcycleError, match="tensor b: the file became shorter while it was read"):
+            write_shard(tmp_path / "cut.safetensors", shard, [span])
+    assert not (tmp_path / "cut.safetensors").exists()

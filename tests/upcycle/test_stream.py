@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from dense_models import tensors_of
@@ -13,6 +14,7 @@ from moe_runtime.families import model_config
 from upcycle.names import dense_shapes
 from upcycle.plan import make_plan_for
 from upcycle.recipe import recipe_from_dict
+from upcycle.stream import chunks
 
 MB = 2**20
 CONFIG = {
@@ -121,3 +123,25 @@ def test_peak_memory_does_not_follow_the_tensors(method, tmp_path):
     # What streaming really promises: even one tensor is never whole in memory.
     assert peak["run"] - peak["imported"] <= largest / 2
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+
+
+def test_only_the_first_of_equal_experts_goes_through_memory(dense):
+    recipe = {"method": "copy", "base": str(dense("llama")), "experts": 3, "target": "mixtral", "output": "x"}
+    plan = make_plan_for(recipe_from_dict(recipe))
+    (source,) = plan.sources
+    name = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
+    by_expert = [task for expert in range(3) for task in plan.tasks if task.name == name.format(expert)]
+    with source.open_rows() as reader:
+        first, second, third = (list(chunks(task, [reader])) for task in by_expert)
+        assert b"".join(part.tobytes() for part in first) == bytes_of(second)
+    assert second == third
+    changed = make_plan_for(recipe_from_dict({**recipe, "dtype": "bfloat16"}))
+    with source.open_rows() as reader:
+        for task in [task for task in changed.tasks if task.name.endswith("w2.weight")]:
+            assert all(isinstance(part, np.ndarray) for part in chunks(task, [reader]))
+
+
+def bytes_of(spans):
+    (span,) = spans
+    span.file.seek(span.start)
+    return span.file.read(span.nbytes)
