@@ -33,6 +33,7 @@ _MAX_HEADER = 100_000_000
 _MAX_DIMENSIONS = 16
 _MAX_SIZE = 2**63
 _COPY_BYTES = 8 * 2**20  # at once
+_FLUSH_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def open_regular(path: Path) -> FileIO:
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
         raise UpcycleError(f"{path} cannot be read: it is no ordinary file")
-    return FileIO(file, closefd=True)
+    return FileIO(path, opener=lambda *_: file)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -267,12 +268,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FileSpan:
-    """`nbytes` bytes of a file from `start` on; `title` says which, for messages."""
+    """`nbytes` bytes of a tensor, from byte `start` of its file on."""
 
     file: FileIO
     start: int
     nbytes: int
-    title: str
+    tensor: str
 
 
 class RowReader:
@@ -302,16 +303,17 @@ class RowReader:
     def span(self, name: str, width: int, first: int, count: int) -> FileSpan:
         """Where these rows lie."""
         tensor = self.checkpoint.tensors[name]
-        path = self.checkpoint.folder / tensor.file
         if tensor.file not in self._files:
-            self._files[tensor.file] = open_regular(path)
+            self._files[tensor.file] = open_regular(self.checkpoint.folder / tensor.file)
         row_bytes = width * STORAGE[tensor.dtype].itemsize
         start = tensor.start + first * row_bytes
-        return FileSpan(self._files[tensor.file], start, count * row_bytes, f"{path}, tensor {name}")
+        return FileSpan(self._files[tensor.file], start, count * row_bytes, name)
 
 
 def _became_shorter(span: FileSpan) -> UpcycleError:
-    return UpcycleError(f"{span.title}: the file became shorter while it was read; fetch it again")
+    return UpcycleError(
+        f"{span.file.name}, tensor {span.tensor}: the file became shorter while it was read; fetch it again"
+    )
 
 
 def read_into(file: FileIO, start: int, values: NDArray) -> bool:
@@ -399,15 +401,26 @@ def write_shard(
     part = path.with_name(f"{path.name}.part")
     with part.open("wb", buffering=0) as file:
         _write_all(file, shard.header())
+        waiting = 0  # bytes that have not been sent to the disk
         for chunk in chunks:
             if isinstance(chunk, FileSpan):
                 _copy_span(file, chunk)
             else:
                 _write_all(file, np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
             advance(chunk.nbytes)
+            waiting += chunk.nbytes
+            if waiting >= _FLUSH_BYTES:
+                _start_flush(file, waiting)
+                waiting = 0
         os.fsync(file.fileno())
     part.chmod(0o644)
     os.replace(part, path)
+
+
+def _start_flush(file: FileIO, num_bytes: int) -> None:
+    """Send the last bytes to the disk while the next are made: otherwise it idles until the file ends."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), file.tell() - num_bytes, num_bytes, os.POSIX_FADV_DONTNEED)
 
 
 def _copy_span(file: FileIO, span: FileSpan) -> None:
