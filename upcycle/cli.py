@@ -81,6 +81,10 @@ def verify_command(
             table.add_row("must be equal", f"yes, within {result.tolerance:.0e}")
         else:
             table.add_row("must be equal", "no: " + "; ".join(result.not_equal_because))
+        if result.other_tensors is not None:
+            others = result.other_tensors
+            told = f"{len(others)} differ: {', '.join(others[:3])}" if others else "those of the recipe"
+            table.add_row("tensors", escape(told + (" …" if len(others) > 3 else "")))
         table.add_row("result", "passed" if result.passed else "FAILED")
         _console().print(table)
     if not result.passed:

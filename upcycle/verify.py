@@ -13,6 +13,7 @@ from upcycle.checkpoint import open_checkpoint, read_json
 from upcycle.errors import UpcycleError
 from upcycle.method_sections import SECTIONS
 from upcycle.plan import TORCH_DTYPE
+from upcycle.planned import other_tensors
 from upcycle.provenance import RECORD_NAME, open_recorded, recorded_hashes
 from upcycle.sources import plain_folder
 
@@ -40,8 +41,9 @@ class Verification:
 
     The base's weights are rounded to the output's type first. `not_equal_because` is empty where the method
     keeps the function; then `max_abs_diff_float64` must be below 1e-4, `max_abs_diff` and
-    `max_abs_diff_equal_gates` below `tolerance`. Elsewhere the differences are only reported, and the logits
-    must be finite.
+    `max_abs_diff_equal_gates` below `tolerance`. Elsewhere the differences are only reported. The logits must
+    be finite, and the tensors those that the recipe makes of the sources, bit by bit, unless the mixture was
+    trained since.
     """
 
     path: str
@@ -56,6 +58,7 @@ class Verification:
     rounding: float  # largest difference between the base's logits in float32 and in float64
     finite: bool
     not_equal_because: tuple[str, ...]
+    other_tensors: tuple[str, ...] | None  # that are not what the recipe makes; None: trained since
 
     @property
     def tolerance(self) -> float:
@@ -69,7 +72,7 @@ class Verification:
     def passed(self) -> bool:
         in_float32 = max(self.max_abs_diff, self.max_abs_diff_equal_gates)
         equal = in_float32 < self.tolerance and self.max_abs_diff_float64 < TOLERANCE
-        return self.finite and (not self.must_be_equal or equal)
+        return self.finite and not self.other_tensors and (not self.must_be_equal or equal)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `--json`."""
@@ -78,7 +81,7 @@ class Verification:
 
 
 def verify(path: str | Path) -> Verification:
-    """Compare the logits of an upcycled model with its base's on fixed tokens.
+    """Compare an upcycled model's tensors with its recipe, and its logits with its base's on fixed tokens.
 
     Raises:
         UpcycleError: the folder is not an upcycled model, or its base is gone or has changed.
@@ -97,6 +100,7 @@ def verify(path: str | Path) -> Verification:
         method = record["method"]
         base = open_recorded(record["sources"][record["base"]], folder)
         scaled = record.get("scaled", {}).values()
+        others = None if _was_trained(record) else other_tensors(record, output)
     except (KeyError, IndexError, TypeError, AttributeError):
         raise UpcycleError(f"{folder / RECORD_NAME} is damaged; run the recipe again") from None
     dtype = next(
@@ -125,7 +129,12 @@ def verify(path: str | Path) -> Verification:
         rounding=(expected - expected_exact).abs().max().item(),
         finite=bool(logits.isfinite().all()),
         not_equal_because=reasons,
+        other_tensors=others,
     )
+
+
+def _was_trained(record: dict[str, Any]) -> bool:
+    return bool(record.get("post_training", {}).get("epochs"))
 
 
 def differences(record: dict[str, Any], model: ModelConfig) -> tuple[str, ...]:
@@ -136,7 +145,7 @@ def differences(record: dict[str, Any], model: ModelConfig) -> tuple[str, ...]:
         model: its description.
     """
     reasons = _method_differences(record.get("recipe", {}))
-    if record.get("post_training", {}).get("epochs"):
+    if _was_trained(record):
         reasons.append("it was trained after it was assembled")
     assignment = record["assignment"]
     used = {

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import moe_runtime.hf.loading
 from moe_runtime.config import ModelConfig
-from upcycle import UpcycleError, verify
+from upcycle import UpcycleError, recipe_from_dict, upcycle, verify
 from upcycle.verify import differences
 
 SIZES = {
@@ -75,6 +75,34 @@ def test_a_changed_weight_fails(dense, run):
     as_rounded = replace(result, max_abs_diff=0.0)  # as if float32 had hidden it
     assert not as_rounded.passed
     assert not replace(result, max_abs_diff_float64=0.0).passed
+
+
+@pytest.mark.parametrize("tensor", ["mlp.experts.down_proj", "mlp.router.weight", "self_attn.q_proj.weight"])
+@pytest.mark.parametrize("method", ["drop", "btx"])
+def test_a_tensor_that_the_recipe_does_not_make_fails_where_logits_may_differ(method, tensor, dense, run):
+    if method == "drop":
+        folder = run(method="drop", base=dense("llama"), experts=2, drop={"ratio": 0.5})
+    else:
+        folder = run(method="btx", sources=[dense("llama", seed=seed) for seed in range(2)])
+    assert verify(folder).other_tensors == ()
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = f"model.layers.1.{tensor}"
+    tensors[name].view(-1)[-1] += 0.5
+    save_file(tensors, path, metadata={"format": "pt"})
+    result = verify(folder)
+    assert not result.must_be_equal
+    assert result.other_tensors == (name,)
+    assert not result.passed
+
+
+def test_a_recipe_with_relative_paths_is_found_again(dense, tmp_path, monkeypatch):
+    source = dense("llama")
+    monkeypatch.chdir(source.parent)
+    recipe = {"method": "copy", "base": source.name, "experts": 2, "output": str(tmp_path / "out")}
+    folder = upcycle(recipe_from_dict(recipe)).output
+    monkeypatch.chdir(tmp_path)
+    assert verify(folder).other_tensors == ()
 
 
 def test_equal_gates_show_what_rounding_of_gates_hides(dense, run):
@@ -177,5 +205,5 @@ def test_a_base_that_changed_or_went_is_named(dense_copy, run):
 
 def test_the_result_is_plain_values(dense, run):
     result = verify(run(method="copy", base=dense("llama"), experts=2)).to_dict()
-    assert json.loads(json.dumps(result)) | {"not_equal_because": ()} == result
+    assert json.loads(json.dumps(result)) | {"not_equal_because": (), "other_tensors": ()} == result
     assert (result["passed"], result["must_be_equal"], result["method"]) == (True, True, "copy")
