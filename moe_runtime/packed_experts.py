@@ -14,12 +14,20 @@ from torch import Tensor, nn
 
 from moe_runtime.config import FeedForwardConfig
 
+_SAMPLED = 8  # rows and columns of every matrix that are compared before it is used
+
 
 @dataclass(frozen=True)
 class _Packed:
     experts: PackedExperts
-    parameters: tuple[Tensor, ...]
     stamps: tuple[tuple[int, int], ...]  # of the parameters that were packed
+    samples: tuple[Tensor, ...]
+
+    def is_of(self, parameters: tuple[Tensor, ...]) -> bool:
+        """Fused optimizers and writes to `.data` leave the stamps as they are, but not the samples."""
+        return self.stamps == _stamps(parameters) and all(
+            torch.equal(before, _sample(now)) for before, now in zip(self.samples, parameters, strict=True)
+        )
 
 
 _PACKED: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()
@@ -29,7 +37,8 @@ def pack_experts(model: nn.Module) -> tuple[str, ...]:
     """Make every layer of experts in `model` run on packed weights where no gradient is asked for.
 
     Needs as much memory again as the experts have. A layer whose weights have changed since raises when it is
-    called; packing again replaces the copy. Compiled code, training and autocast to another dtype use the
+    called, which is seen from where they lie, how often PyTorch wrote to them, and some elements of each
+    matrix; packing again replaces the copy. Compiled code, training and autocast to another dtype use the
     parameters as before.
 
     Args:
@@ -68,7 +77,8 @@ def pack_experts(model: nn.Module) -> tuple[str, ...]:
                 f"model must have experts that can be packed, but of {name or 'model'}, {error}"
             ) from None
         parameters = tuple(weight for weight in weights if weight is not None)
-        packed[module] = _Packed(experts, parameters, _stamps(parameters))
+        samples = tuple(_sample(parameter).clone() for parameter in parameters)
+        packed[module] = _Packed(experts, _stamps(parameters), samples)
     _PACKED.update(packed)
     return tuple(found)
 
@@ -94,13 +104,13 @@ def packed_forward(
     """
     if torch.compiler.is_compiling() or (packed := _PACKED.get(module)) is None:
         return None
-    inputs = (x_TD, weight_TK, residual_TD, *packed.parameters)
+    parameters = tuple(weight for weight in _weights(module)[0] if weight is not None)
+    inputs = (x_TD, weight_TK, residual_TD, *parameters)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         return None
     if x_TD.dtype != packed.experts.dtype or getattr(module, "expert_lora", None) is not None:
         return None
-    parameters = tuple(weight for weight in _weights(module)[0] if weight is not None)
-    if _stamps(parameters) != packed.stamps:
+    if not packed.is_of(parameters):
         raise ValueError(
             f"weights of {type(module).__name__} must be those that pack_experts packed, but they have "
             "changed since; call pack_experts again, or unpack_experts"
@@ -111,6 +121,12 @@ def packed_forward(
 def _stamps(parameters: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
     """Where each lies, and how often it was written to; inference tensors do not count."""
     return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """Elements of every expert, in a few rows and columns of its matrix."""
+    steps = (slice(None, None, -(-size // _SAMPLED)) for size in parameter.shape[1:])
+    return parameter.detach()[(slice(None), *steps)]
 
 
 # --- the two kinds of modules -----------------------------------------------------------

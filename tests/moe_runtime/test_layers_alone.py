@@ -26,7 +26,7 @@ def test_the_example_runs(code):
 
 
 def test_there_are_examples_and_a_table():
-    assert len(CODE) == 5
+    assert len(CODE) == 6
     assert [name for name, _, _ in ROWS] == ["MoEFeedForward", "MixtureOfAttention", "ParallelBlock"]
 
 

@@ -92,13 +92,19 @@ def test_dropout_falls_without_gradients_too(calls):
     assert calls == [5]
 
 
-@pytest.mark.parametrize("change", ["in place", "another tensor", "inference"])
+@pytest.mark.parametrize("change", ["in place", "another tensor", "inference", "data", "fused optimizer"])
 def test_weights_that_changed_are_refused(change):
     layer = make_layer().eval()
     pack_experts(layer)
     if change == "in place":
         with torch.no_grad():
             layer.experts.down_proj += 1
+    elif change == "data":
+        layer.experts.down_proj.data.mul_(1.5)
+    elif change == "fused optimizer":
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+        output(layer).sum().backward()
+        optimizer.step()
     elif change == "another tensor":
         layer.experts.down_proj.data = layer.experts.down_proj.data.clone()
     else:
