@@ -207,6 +207,8 @@ def _logits(folder: Path, tokens: "Tensor", dtype: str) -> tuple["Tensor", "Tens
 
     with torch.inference_mode(), precise_products():
         model = load_causal_lm(folder, dtype=getattr(torch, TORCH_DTYPE[dtype])).float()
+        # transformers' faster experts have no float64 and not every width; dense models have nothing to set
+        model.set_experts_implementation("eager")
         logits = model(tokens, use_cache=False).logits
         routers = [weight for name, weight in model.named_parameters() if name.endswith(_ROUTERS)]
         drawn = [weight.clone() for weight in routers]
@@ -215,6 +217,4 @@ def _logits(folder: Path, tokens: "Tensor", dtype: str) -> tuple["Tensor", "Tens
         equal_gates = model(tokens, use_cache=False).logits if routers else logits
         for weight, values in zip(routers, drawn, strict=True):
             weight.copy_(values)
-        # transformers' faster expert layers have no float64; dense models have nothing to set
-        model.set_experts_implementation("eager")
         return logits, equal_gates, model.double()(tokens, use_cache=False).logits

@@ -96,6 +96,17 @@ def test_a_tensor_that_the_recipe_does_not_make_fails_where_logits_may_differ(me
     assert not result.passed
 
 
+def test_experts_of_any_width_are_compared(dense, run):
+    folder = run(
+        method="shared_expert",
+        base=dense("llama"),
+        experts=2,
+        target="qwen2_moe",
+        shared_expert={"expert_width": 7},
+    )
+    assert verify(folder).passed
+
+
 def test_a_recipe_with_relative_paths_is_found_again(dense, tmp_path, monkeypatch):
     source = dense("llama")
     monkeypatch.chdir(source.parent)
