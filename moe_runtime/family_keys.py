@@ -140,12 +140,9 @@ def cohere2(c: Keys) -> dict[str, Any]:
     required(c, "sliding_window")
     local = [(layer + 1) % c["sliding_window_pattern"] != 0 for layer in range(c["num_hidden_layers"])]
     windows = window(c, c["sliding_window"], local)
-    types = windows.get(
-        "layer_types", ["full_attention" if not windows else "sliding_attention"] * len(local)
-    )
-    rotary = tuple(layer for layer, kind in enumerate(types) if kind == "sliding_attention")
-    layers = None if len(rotary) == len(local) else rotary
-    return {**cohere({**c, "use_qk_norm": False}), **windows, "rope_layers": layers}
+    types = windows.get("layer_types") if windows else ["full_attention"] * len(local)
+    sliding = None if types is None else tuple(n for n, kind in enumerate(types) if kind != "full_attention")
+    return {**cohere({**c, "use_qk_norm": False}), **windows, "rope_layers": sliding}
 
 
 def phi(c: Keys) -> dict[str, Any]:

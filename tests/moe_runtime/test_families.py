@@ -87,6 +87,7 @@ CASES = [
     pytest.param("Phi3", {"rope_parameters": {**LONG_ROPE, "partial_rotary_factor": 0.5}}, id="phi3-long"),
     pytest.param("Starcoder2", {"use_bias": False, "sliding_window": 8}, id="starcoder2"),
     pytest.param("Cohere2", {"sliding_window": 8}, id="cohere2"),
+    pytest.param("Cohere2", {"sliding_window": 8, "num_hidden_layers": 3}, id="cohere2-all-slide"),
     pytest.param("GPTNeoX", {"hidden_act": "gelu_fast"}, id="gpt-neox"),
     pytest.param("Phi", {"partial_rotary_factor": 0.25}, id="phi"),
     pytest.param("GPTJ", {"rotary_dim": 4, "n_inner": 48}, id="gptj"),
@@ -265,6 +266,10 @@ def test_layers_of_cohere2_rotate_where_they_slide():
     )
     assert cohere2.rope_layers == (0, 2, 4)
     assert (cohere2.sliding_window, cohere2.layer_types[1]) == (4096, "full_attention")
+    alike = {**TINY, "model_type": "cohere2", "sliding_window": 8}
+    for kind, window, rotary in (("sliding_attention", 8, None), ("full_attention", None, ())):
+        cohere2 = model_config({**alike, "layer_types": [kind] * 4})
+        assert (cohere2.sliding_window, cohere2.layer_types, cohere2.rope_layers) == (window, None, rotary)
 
 
 def test_a_norm_of_gemma_counts_from_one_and_stands_on_both_sides():
