@@ -47,15 +47,15 @@ def chunks(task: TensorTask, readers: Sequence[Reader]) -> Iterator[NDArray | Fi
             for first in range(0, prod(task.shape), step):
                 yield np.zeros(min(step, prod(task.shape) - first), STORAGE[task.dtype])
         case Normal() as normal:
-            yield from_float32(_draw(normal, task.shape), task.dtype)
+            yield _cast_drawn(_draw(normal, task.shape), task)
         case Orthogonal() as orthogonal:
-            yield from_float32(_draw_orthogonal(orthogonal, task.shape), task.dtype)
+            yield _cast_drawn(_draw_orthogonal(orthogonal, task.shape), task)
         case Uniform() as uniform:
             values = np.zeros(task.shape, np.float32)
             values[list(uniform.where)] = _uniform(
                 _generator(uniform.seed, uniform.label), uniform.bound, (len(uniform.where), *task.shape[1:])
             )
-            yield from_float32(values, task.dtype)
+            yield _cast_drawn(values, task)
         case bands:
             for band in bands:
                 yield from _band_chunks(task, band, readers)
@@ -102,6 +102,16 @@ def _draw_orthogonal(orthogonal: Orthogonal, shape: tuple[int, ...]) -> Rows:
 
 def _uniform(generator: np.random.Generator, bound: float, shape: tuple[int, ...]) -> Rows:
     return (generator.random(shape, dtype=np.float32) * 2 - 1) * np.float32(bound)
+
+
+def _cast_drawn(values: Rows, task: TensorTask) -> NDArray:
+    cast = from_float32(values, task.dtype)
+    if not all_finite(cast, task.dtype):
+        raise UpcycleError(
+            f"{task.name}: a drawn value is too large for {task.dtype}; draw smaller ones (router.std, "
+            "router.row_norm, replicate.noise), or set 'dtype' to bfloat16 or float32"
+        )
+    return cast
 
 
 @lru_cache(maxsize=16)

@@ -162,6 +162,12 @@ def test_values_too_large_for_the_type_are_named(dense_copy, tmp_path):
     fails(recipe, tmp_path, "model.norm.weight is too large for F16; set 'dtype' to bfloat16 or float32")
 
 
+@pytest.mark.parametrize("router", [{"std": 1e5}, {"init": "orthogonal", "row_norm": 1e6}], ids=str)
+def test_a_drawn_value_that_does_not_fit_the_type_is_named(router, dense_copy, tmp_path):
+    recipe = copy_recipe(dense_copy(shard="1GB"), tmp_path, dtype="float16", router=router)
+    fails(recipe, tmp_path, "router.weight: a drawn value is too large for F16; draw smaller ones")
+
+
 def test_a_head_of_its_own_under_a_tied_configuration_is_named(dense_copy, tmp_path):
     """transformers then uses the stored head, so that dropping it would change the model."""
     folder = dense_copy(shard="1GB")
