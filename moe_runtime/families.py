@@ -164,7 +164,7 @@ _LENGTH_SCALED_ROPE = ("llama3", "yarn", "longrope")
 _DENSE: dict[str, of.Family] = {
     "llama": of.Family(of.llama, {"mlp_bias": False, "max_position_embeddings": 2048}),
     "mistral": of.Family(
-        of.one_window, {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+        of.mistral, {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072}
     ),
     "qwen2": of.Family(of.qwen2, {**_QWEN_DEFAULTS, "num_key_value_heads": 32}),
     "qwen3": of.Family(of.qwen3, {**_QWEN_DEFAULTS, "num_key_value_heads": 32, "head_dim": 128}),

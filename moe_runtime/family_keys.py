@@ -52,6 +52,11 @@ def one_window(c: Keys) -> dict[str, Any]:
     return {"sliding_window": c["sliding_window"]}
 
 
+def mistral(c: Keys) -> dict[str, Any]:
+    """With `layer_types`, transformers takes the file for a Ministral's, whose layers may differ."""
+    return one_window(c) if c.get("layer_types") is None else window(c, c["sliding_window"], [])
+
+
 def qwen2(c: Keys) -> dict[str, Any]:
     late = [layer >= c["max_window_layers"] for layer in range(c["num_hidden_layers"])]
     return {"attention_bias": True, **_qwen_window(c, late)}

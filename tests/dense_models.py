@@ -69,6 +69,13 @@ TRAITS = {
     "falcon": {},
 }
 VARIANTS = {
+    "mistral-layers": (
+        "mistral",
+        {
+            "sliding_window": 8,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
     "falcon-heads": ("falcon", {"multi_query": False, "num_kv_heads": 4, "bias": True}),
     "falcon-sequential": ("falcon", {"parallel_attn": False}),

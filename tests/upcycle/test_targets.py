@@ -11,6 +11,7 @@ EXACT = [
     ("llama", "mixtral"),
     ("llama", "qwen2_moe"),
     ("mistral", "mixtral"),
+    ("mistral-layers", "qwen2_moe"),
     ("qwen2", "qwen2_moe"),
     ("qwen3", "qwen3_moe"),
     ("cohere", "moe_runtime"),
