@@ -15,7 +15,13 @@ from moe_runtime.hf.experts_interface import register, served_by
 from moe_runtime.hf.loading import json_object
 
 # The dense family of a MoE family: the same attention and norms. Others get a dense model of this project's.
-_DENSE_FAMILY = {"mixtral": "mistral", "qwen2_moe": "qwen2", "qwen3_moe": "qwen3"}
+_DENSE_FAMILY = {
+    "mixtral": "mistral",
+    "qwen2_moe": "qwen2",
+    "qwen3_moe": "qwen3",
+    "flex_olmo": "olmo2",
+    "granitemoe": "granite",
+}
 _NOT_OF_THE_DENSE = ("model_type", "architectures", "auto_map", "transformers_version", "dtype")
 
 

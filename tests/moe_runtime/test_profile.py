@@ -13,7 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     DbrxConfig,
-    GraniteMoeConfig,
+    GraniteMoeSharedConfig,
     JetMoeConfig,
     MambaConfig,
     MixtralConfig,
@@ -241,7 +241,7 @@ def test_a_dense_model_is_measured_as_it_is(tiny_checkpoint):
 
 
 def test_a_config_of_a_family_without_flops_gets_random_weights_and_no_dense_model(tmp_path):
-    config = GraniteMoeConfig(**SIZES)
+    config = GraniteMoeSharedConfig(**SIZES)
     config.save_pretrained(tmp_path)
     settings = ProfileSettings(prompts=(6,), outputs=(1,), rounds=2)
     found = profile_of(tmp_path / "config.json", settings=settings, dtype="bfloat16")
@@ -284,15 +284,20 @@ def test_random_weights_come_from_the_seed(monkeypatch):
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
-def test_dense_twins_are_of_the_dense_family_and_the_width_asked_for(family):
+@pytest.mark.parametrize(
+    ("family", "dense_family"),
+    [("qwen2_moe", "qwen2"), ("qwen3_moe", "qwen3"), ("flex_olmo", "olmo2"), ("granitemoe", "granite")],
+)
+def test_dense_twins_are_of_the_dense_family_and_the_width_asked_for(family, dense_family):
     from transformers import AutoConfig
 
     sizes = {**SIZES, "num_experts": 5, "moe_intermediate_size": 24, "head_dim": 8}
+    if family == "flex_olmo":
+        sizes["pad_token_id"] = None
     config = AutoConfig.for_model(family, **sizes, shared_expert_intermediate_size=40, norm_topk_prob=True)
     dense = variants.match_dense(described(config), context=16).config
     twin = dense_twin(config, dense)
-    assert twin.model_type == family.removesuffix("_moe")
+    assert twin.model_type == dense_family
     assert described(twin).to_dict() | {"router_aux_loss_coef": 0} == dense.to_dict() | {
         "router_aux_loss_coef": 0
     }
