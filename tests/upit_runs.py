@@ -3,7 +3,9 @@
 import json
 
 import torch
+from safetensors.torch import load_file, save_file
 
+from upcycle.sources import open_source
 from upcycle.upit import Recorder, upit_recipe_from_dict
 from upcycle.upit.feed_forward import feed_forward_tensors
 from upcycle.upit.models import load_dense
@@ -38,6 +40,13 @@ def small_recipe(base, data, folder, **changes):
     for name, value in changes.items():
         values[name] = {**values[name], **value} if isinstance(values.get(name), dict) else value
     return upit_recipe_from_dict(values)
+
+
+def change_tensor(folder, name):
+    """Add 1 to one tensor of a checkpoint."""
+    path = folder / open_source(folder).tensors[name].file
+    tensors = load_file(path)
+    save_file({**tensors, name: tensors[name] + 1}, path, metadata={"format": "pt"})
 
 
 def shifted(model, amount, seed):

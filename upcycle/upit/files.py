@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upcycle.checkpoint import Checkpoint, Shard, write_shard
-from upcycle.dtypes import to_float32
-from upcycle.errors import UpcycleError
+from upcycle.provenance import hash_file
 from upcycle.tasks import TensorTask, Zeros
-from upcycle.upit.feed_forward import router_inputs
 
 HEADER_DTYPE = {"float32": "F32", "bfloat16": "BF16"}
 
@@ -50,17 +49,18 @@ def generator(seed: int, label: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Tells a base from its fine-tuned branches: sha256 of the first layer's up-projection."""
-    name = f"{router_inputs(checkpoint)[0]}.weight"
-    tensor = checkpoint.tensors.get(name)
-    if tensor is None:
-        raise UpcycleError(f"{checkpoint.folder}: tensor {name} is missing; the checkpoint is not complete")
-    rows, width = tensor.shape
+def fingerprint(*checkpoints: Checkpoint) -> str:
+    """Tells models from all others: sha256 over those of all their weight files, adapters included."""
     digest = sha256()
-    with checkpoint.open_rows() as reader:
-        for row in range(0, rows, 256):
-            digest.update(
-                to_float32(reader.rows(name, width, row, min(256, rows - row)), tensor.dtype).tobytes()
-            )
+    for checkpoint in checkpoints:
+        parts = [checkpoint] if checkpoint.adapter is None else [checkpoint, checkpoint.adapter]
+        for path in (part.folder / name for part in parts for name in part.files):
+            state = path.stat()
+            digest.update(_hash_once(path, state.st_size, state.st_mtime_ns).encode())
     return digest.hexdigest()
+
+
+@cache
+def _hash_once(path: Path, size: int, changed_ns: int) -> str:
+    """One pass over a file per process, as long as it keeps its size and time."""
+    return hash_file(path)

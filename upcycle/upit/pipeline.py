@@ -24,7 +24,7 @@ from upcycle.upit.data import Data, draw_seed_set
 from upcycle.upit.expand import expand, read_origins
 from upcycle.upit.expert import open_expert
 from upcycle.upit.feed_forward import dense_config, feed_forward_tensors
-from upcycle.upit.files import write_json
+from upcycle.upit.files import fingerprint, write_json
 from upcycle.upit.recipe import UpitRecipe
 from upcycle.upit.record import Recording, check_base, open_recording, select
 from upcycle.upit.similarity import similarity_matrix
@@ -78,6 +78,12 @@ class Run:
         if not recording.checkpoints:
             raise UpcycleError(f"{recording.folder} holds no checkpoint yet; train on, or record more often")
         return recording
+
+    def chosen(self) -> list[str]:
+        """Folders of the checkpoints that become experts."""
+        recording = self.recording()
+        chosen = select(recording, self.recipe.experts)
+        return [str(recording.folder / checkpoint.folder) for checkpoint in chosen]
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -234,20 +240,23 @@ class Run:
         for key in sorted(now.keys() | before.keys()):
             if before.get(key) != now.get(key):
                 raise UpcycleError(
-                    f"{self.folder / stage} was made with {key} {before.get(key)!r}, but the recipe has "
+                    f"{self.folder / stage} was made with {key} {before.get(key)!r}, but now it is "
                     f"{now.get(key)!r}; remove the folders of {stage} and all later stages, or choose "
                     "another 'work'"
                 )
 
     def _settings(self, stage: Stage) -> dict[str, Any]:
         values = self.recipe.to_dict()
-        settings: dict[str, Any] = {"data": self.data.hashes}
+        settings: dict[str, Any] = {"data": self.data.hashes, "base.sha256": fingerprint(self.base)}
         for earlier in STAGES[: STAGES.index(stage) + 1]:
             for key in _KEYS[earlier]:
                 if isinstance(values[key], dict):
                     settings |= {f"{key}.{name}": value for name, value in values[key].items()}
                 else:
                     settings[key] = values[key]
+        if self.recipe.checkpoints:  # what is in a recording of an earlier stage follows from its settings
+            read = map(open_source, (*self.chosen(), self.rest))
+            settings["recording.sha256"] = fingerprint(*read)
         if STAGES.index(stage) >= STAGES.index("assemble"):
             settings["dtype"], settings["assembled_dtype"] = self.dtype, self.assembled_dtype
         return settings
@@ -278,10 +287,7 @@ class Run:
         }
 
     def _expand(self, folder: Path) -> dict[str, Any]:
-        recording = self.recording()
-        chosen = select(recording, self.recipe.experts)
-        paths = [str(recording.folder / checkpoint.folder) for checkpoint in chosen]
-        origins = expand(paths, self.recipe.experts, folder, self.recipe.expand, self.recipe.seed)
+        origins = expand(self.chosen(), self.recipe.experts, folder, self.recipe.expand, self.recipe.seed)
         experts = [open_expert(origin.folder) for origin in origins]
         layers = feed_forward_tensors(self.base)
         return {

@@ -92,7 +92,7 @@ def open_recording(folder: str | Path) -> Recording:
 
 
 def check_base(recording: Recording, base: Checkpoint) -> None:
-    """Refuse a recording that was made from other weights."""
+    """Refuse a recording that was made from other weights, wherever in the model they differ."""
     if recording.fingerprint != fingerprint(base):
         raise UpcycleError(
             f"the checkpoints in {recording.folder} must be trained from {base.folder}, "

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from dense_models import tensors_of
-from upit_runs import experts_of, small_recipe
+from upit_runs import change_tensor, experts_of, small_recipe
 
 import upcycle
 import upcycle.upit.fit
@@ -171,8 +171,8 @@ def test_a_stage_runs_alone_after_those_before_it(recipe):
 @pytest.mark.parametrize(
     ("stage", "section", "key", "value", "sentence"),
     [
-        ("prepare", "prepare", "lr", 0.5, "made with prepare.lr 0.001, but the recipe has 0.5"),
-        ("route", "route", "epochs", 9, "made with route.epochs 2, but the recipe has 9; remove the folders"),
+        ("prepare", "prepare", "lr", 0.5, "made with prepare.lr 0.001, but now it is 0.5"),
+        ("route", "route", "epochs", 9, "made with route.epochs 2, but now it is 9; remove the folders"),
     ],
 )
 def test_changed_settings_of_a_stage_are_refused(stage, section, key, value, sentence, finished):
@@ -188,6 +188,27 @@ def test_changed_data_is_refused(finished, tmp_path):
     other.write_text("a" * 5000)
     with pytest.raises(UpcycleError, match="was made with data"):
         run_upit(replace(recipe, data=(str(other),)))
+
+
+def test_a_base_that_has_changed_anywhere_is_refused(base, data, tmp_path):
+    own = shutil.copytree(base, tmp_path / "base")
+    made = small_recipe(own, data, tmp_path)
+    run_upit(made, only="prepare")
+    change_tensor(own, "model.layers.1.self_attn.q_proj.weight")
+    with pytest.raises(UpcycleError, match=r"work.prepare was made with base.sha256 '[0-9a-f]{64}', but now"):
+        run_upit(made)
+
+
+def test_checkpoints_that_have_changed_between_stages_are_refused(recording, recipe, tmp_path):
+    own = shutil.copytree(recording.folder, tmp_path / "recording")
+    made = recipe(checkpoints=str(own))
+    run_upit(made, only="expand")
+    shutil.copytree(own / "0003", own / "0004")
+    values = json.loads((own / "index.json").read_text())
+    grown = [*values["checkpoints"], {**values["checkpoints"][2], "folder": "0004", "step": 9}]
+    (own / "index.json").write_text(json.dumps({**values, "checkpoints": grown}))
+    with pytest.raises(UpcycleError, match=r"work.expand was made with recording.sha256 '"):
+        run_upit(made)
 
 
 def test_checkpoints_of_a_trainer_take_the_first_stages_place(recording, recipe):

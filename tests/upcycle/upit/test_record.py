@@ -1,16 +1,19 @@
 """The recorder, alone and in other people's trainers, and the choice among checkpoints."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from trainers import THEIR_WARNINGS, settings
-from upit_runs import experts_of, record_shifted, shifted
+from upit_runs import change_tensor, experts_of, record_shifted, shifted
 
 from upcycle.errors import UpcycleError
-from upcycle.upit import Recorder, open_expert, open_recording, select
+from upcycle.provenance import hash_file
+from upcycle.sources import open_source
+from upcycle.upit import Recorder, files, open_expert, open_recording, select
 from upcycle.upit.expert import whole_tensor
 from upcycle.upit.models import load_dense
 from upcycle.upit.record import Recorded, Recording, check_base
@@ -169,6 +172,27 @@ def test_a_recording_of_another_kind_or_base_is_refused(recording, base, dense):
         Recorder(recording.folder, dense("llama", seed=1))
     with pytest.raises(UpcycleError, match="must be trained from"):
         check_base(replace(recording, fingerprint="0"), open_expert(experts_of(recording)[0]).base)
+
+
+def test_every_weight_of_the_base_counts(recording, base, tmp_path):
+    """A base with the same feed-forwards, or the same first layer, is another base."""
+    own = shutil.copytree(base, tmp_path / "base")
+    check_base(recording, open_source(own))
+    change_tensor(own, "model.layers.1.self_attn.v_proj.weight")
+    with pytest.raises(UpcycleError, match="they were made from another base"):
+        check_base(recording, open_source(own))
+
+
+def test_a_base_is_read_once_until_it_changes(base, tmp_path, monkeypatch):
+    own = shutil.copytree(base, tmp_path / "base")
+    hashed = []
+    monkeypatch.setattr(files, "hash_file", lambda path: hashed.append(path) or hash_file(path))
+    assert files.fingerprint(open_source(own)) == files.fingerprint(open_source(own))
+    assert hashed == [own / name for name in open_source(own).files]
+    before = files.fingerprint(open_source(own))
+    change_tensor(own, "model.norm.weight")
+    assert files.fingerprint(open_source(own)) != before
+    assert len(hashed) == len(open_source(own).files) + 1
 
 
 def test_checkpoints_out_of_order_are_refused(recording, tmp_path):
