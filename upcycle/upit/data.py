@@ -31,11 +31,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Data:
-    """All samples, how many had to be left out, and sha256 of the files."""
+    """All samples, how many had to be left out, and each file in order with sha256 of its text."""
 
     samples: tuple[Sample, ...]
     left_out: int  # nothing that counts lies within max_length
-    hashes: dict[str, str]
+    hashes: tuple[tuple[str, str], ...]
 
     @property
     def num_tokens(self) -> int:
@@ -50,10 +50,10 @@ def load_data(paths: Sequence[str | Path], tokenizer: Any, max_length: int) -> D
     """
     samples: list[Sample] = []
     left_out = 0
-    hashes = {}
+    hashes: list[tuple[str, str]] = []
     for path in map(Path, paths):
         text = _read(path)
-        hashes[str(path)] = sha256(text.encode()).hexdigest()
+        hashes.append((str(path), sha256(text.encode()).hexdigest()))
         made = (
             _lines(path, text, tokenizer) if path.suffix == ".jsonl" else _blocks(text, tokenizer, max_length)
         )
@@ -70,7 +70,7 @@ def load_data(paths: Sequence[str | Path], tokenizer: Any, max_length: int) -> D
             f"data must hold samples with tokens that count within max_length ({max_length}), got none in "
             f"{', '.join(map(str, paths))}"
         )
-    return Data(tuple(samples), left_out, hashes)
+    return Data(tuple(samples), left_out, tuple(hashes))
 
 
 def draw_seed_set(num_samples: int, fraction: float, seed: int, experts: int) -> list[int]:

@@ -247,7 +247,10 @@ class Run:
 
     def _settings(self, stage: Stage) -> dict[str, Any]:
         values = self.recipe.to_dict()
-        settings: dict[str, Any] = {"data": self.data.hashes, "base.sha256": fingerprint(self.base)}
+        settings: dict[str, Any] = {
+            "data": [*map(list, self.data.hashes)],
+            "base.sha256": fingerprint(self.base),
+        }
         for earlier in STAGES[: STAGES.index(stage) + 1]:
             for key in _KEYS[earlier]:
                 if isinstance(values[key], dict):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from dense_models import tensors_of
-from upit_runs import change_tensor, experts_of, small_recipe
+from upit_runs import change_tensor, experts_of, small_recipe, write_instructions
 
 import upcycle
 import upcycle.upit.fit
@@ -188,6 +188,17 @@ def test_changed_data_is_refused(finished, tmp_path):
     other.write_text("a" * 5000)
     with pytest.raises(UpcycleError, match="was made with data"):
         run_upit(replace(recipe, data=(str(other),)))
+
+
+def test_data_in_another_order_or_twice_is_refused(base, data, tmp_path):
+    """Which samples make up a step depends on it."""
+    other = write_instructions(tmp_path / "other.jsonl", 30)
+    made = replace(small_recipe(base, data, tmp_path), data=(str(data), str(other)))
+    run_upit(made, only="prepare")
+    for changed in ((str(other), str(data)), (str(data), str(other), str(data))):
+        with pytest.raises(UpcycleError, match="was made with data"):
+            run_upit(replace(made, data=changed), only="prepare")
+    assert list(run_upit(made, only="prepare")) == ["prepare"]
 
 
 def test_a_base_that_has_changed_anywhere_is_refused(base, data, tmp_path):
