@@ -249,6 +249,7 @@ _DENSE: dict[str, of.Family] = {
             "max_position_embeddings": 2048,
         },
         {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"},
+        unread=("num_key_value_heads",),
         rotates_a_part=True,
     ),
     "phi": of.Family(
@@ -272,14 +273,17 @@ _DENSE: dict[str, of.Family] = {
             "max_position_embeddings": 2048,
         },
         {
-            "n_embd": "hidden_size",
-            "n_layer": "num_hidden_layers",
-            "n_head": "num_attention_heads",
-            "n_positions": "max_position_embeddings",
             "n_inner": "intermediate_size",
             "activation_function": "hidden_act",
             "layer_norm_epsilon": "layer_norm_eps",
         },
+        {
+            "n_embd": "hidden_size",
+            "n_layer": "num_hidden_layers",
+            "n_head": "num_attention_heads",
+            "n_positions": "max_position_embeddings",
+        },
+        unread=("num_key_value_heads",),
     ),
     "falcon": of.Family(
         of.falcon,
@@ -368,7 +372,7 @@ def model_config(config_json: Mapping[str, Any]) -> ModelConfig:
         return ModelConfig.from_dict(config_json)
     check_family(family, KNOWN_FAMILIES)
     described = _FAMILIES[str(family)]
-    given = _one_name_per_key(config_json, described.renamed)
+    given = _one_name_per_key(config_json, described)
     keys = {**_COMMON_DEFAULTS, **described.defaults, **given}
     _check_kinds(keys)
     heads = required(keys, "num_attention_heads")
@@ -398,9 +402,13 @@ def check_family(family: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"model_type must be one of {', '.join(allowed)}, got {family!r}{why}")
 
 
-def _one_name_per_key(config_json: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+def _one_name_per_key(config_json: Mapping[str, Any], family: of.Family) -> dict[str, Any]:
     """The names that most families have. For the number of experts transformers reads and writes either."""
-    keys = {**config_json, **{renamed[name]: config_json[name] for name in renamed if name in config_json}}
+    ignored = {*family.renamed.values(), *family.unread}
+    keys = {name: value for name, value in config_json.items() if name not in ignored}
+    for own, common in {**family.renamed, **family.aliases}.items():
+        if own in config_json:
+            keys[common] = config_json[own]
     for name, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
         if name not in config_json and other in config_json:
             keys[name] = config_json[other]

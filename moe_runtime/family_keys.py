@@ -12,13 +12,16 @@ Keys = Mapping[str, Any]
 class Family:
     """`defaults` of absent keys; `special` makes the fields that only this family sets.
 
-    `renamed`: the family's key -> the key that other families have for it. `rotates_a_part`: it reads
-    `partial_rotary_factor`, which other families ignore.
+    `renamed`: the family's key -> the key that other families have for it, which its class ignores;
+    `aliases`: the same where its class reads either. `unread`: other common keys that its class ignores.
+    `rotates_a_part`: it reads `partial_rotary_factor`, which other families ignore.
     """
 
     special: Callable[[Keys], dict[str, Any]]
     defaults: dict[str, Any] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
     rotates_a_part: bool = False
 
 

@@ -135,7 +135,8 @@ def check_against_class(actual: ModelConfig, config):
     assert actual.vocab_size == config.vocab_size
     assert actual.num_hidden_layers == config.num_hidden_layers
     assert actual.num_attention_heads == heads
-    own_key = {"falcon": "num_kv_heads"}.get(config.model_type, "num_key_value_heads")
+    without = {"gpt_neox": "num_attention_heads", "gptj": "num_attention_heads"}  # as many as query heads
+    own_key = {"falcon": "num_kv_heads", **without}.get(config.model_type, "num_key_value_heads")
     kv_heads = 1 if getattr(config, "multi_query", False) else getattr(config, own_key, None)
     assert actual.num_key_value_heads == (kv_heads or heads)
     assert actual.head_dim == (getattr(config, "head_dim", None) or config.hidden_size // heads)
@@ -213,6 +214,48 @@ def test_absent_keys_have_the_defaults_of_the_class(family, tmp_path):
 def test_rotary_keys_read_as_the_class_reads_them(keys):
     config_json = {**TINY, "model_type": "llama", "max_position_embeddings": 512, **keys}
     check_against_class(model_config(config_json), class_of("Llama").from_dict(config_json))
+
+
+OTHER_FAMILIES_KEYS = [
+    ("gemma2", {"hidden_act": "relu"}),
+    ("gemma3_text", {"hidden_act": "relu"}),
+    ("starcoder2", {"layer_norm_eps": 0.5}),
+    ("gpt_neox", {"partial_rotary_factor": 0.5, "rope_theta": 50.0, "num_key_value_heads": 2}),
+    (
+        "gptj",
+        {"hidden_act": "relu", "layer_norm_eps": 0.5, "intermediate_size": 40, "num_key_value_heads": 2},
+    ),
+    (
+        "falcon",
+        {"hidden_act": "relu", "layer_norm_eps": 0.5, "intermediate_size": 40, "num_key_value_heads": 2},
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "keys"), OTHER_FAMILIES_KEYS)
+def test_keys_that_only_other_families_read_change_nothing(family, keys):
+    sizes = {name: value for name, value in TINY.items() if name != "num_key_value_heads"}
+    if family in ("gptj", "falcon"):
+        del sizes["intermediate_size"]
+    config_json = {**sizes, "rotary_dim": 4, "new_decoder_architecture": True, "pad_token_id": None}
+    config_json["model_type"] = family
+    assert model_config({**config_json, **keys}) == model_config(config_json)
+    logits = []
+    for described in (config_json, {**config_json, **keys}):
+        torch.manual_seed(0)
+        config = CONFIG_MAPPING[family].from_dict({**described, "initializer_range": 0.5})
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        logits.append(model(torch.arange(5, 21)[None]).logits)
+    assert torch.equal(*logits)
+
+
+def test_gptj_knows_its_sizes_by_either_name():
+    sizes = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 99}
+    common = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    either = dict(zip(common, sizes.values(), strict=True))
+    shared = {"model_type": "gptj", "vocab_size": 64, "rotary_dim": 4}
+    assert model_config({**shared, **sizes}) == model_config({**shared, **either})
+    assert model_config({**shared, **sizes}).max_position_embeddings == 99
 
 
 # --- facts of one family that the class's attributes do not show ---
