@@ -125,7 +125,7 @@ def open_expert(path: str | Path) -> Expert:
         for name, tensor in base.tensors.items()
     }
     own_files = Checkpoint(folder, {}, own, (WEIGHTS_NAME,))
-    files = (WEIGHTS_NAME, *(str(base.folder.absolute() / name) for name in base.files))
+    files = (RECORD_NAME, WEIGHTS_NAME, *(str(base.folder.absolute() / name) for name in base.files))
     return Expert(
         folder,
         base.config_json,

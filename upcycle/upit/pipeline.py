@@ -190,11 +190,23 @@ class Run:
             path = self.folder / stage / _SETTINGS_NAME
             if path.is_file():
                 self._check_settings(stage, read_json(path))
-        output = Path(self.recipe.output).expanduser()
-        # a run may have been stopped after it wrote the output and before it said so
-        begun = (self.folder / "post_train" / _SETTINGS_NAME).is_file()
-        if output.exists() and not begun:
-            raise UpcycleError(f"{output} exists already; choose another output or remove it")
+        self._check_output()
+
+    def _check_output(self) -> None:
+        """Where there is one it must be this run's, and where the run is finished there must be one."""
+        output, folder = Path(self.recipe.output).expanduser(), self.folder / "post_train"
+        ours, theirs = folder / RECORD_NAME, output / RECORD_NAME
+        if output.exists():
+            # a run may have been stopped after it wrote the output and before it said so
+            if not (ours.is_file() and theirs.is_file() and ours.read_bytes() == theirs.read_bytes()):
+                raise UpcycleError(
+                    f"{output} exists already and is not this run's; choose another output or remove it"
+                )
+        elif self.is_done("post_train"):
+            raise UpcycleError(
+                f"post_train is done, but its output is not at {output}; move it there, or remove {folder} "
+                "to train again"
+            )
 
     def _check_device(self) -> None:
         import torch
@@ -322,6 +334,7 @@ class Run:
         assembled = self.folder / "assemble" / "model"
         samples = self.data.samples
         output = Path(self.recipe.output).expanduser()
+        self._check_output()  # again: nothing shall be trained that has no place
         if output.exists():
             return read_json(output / RECORD_NAME)["post_training"]
         return post_train(self.recipe, assembled, self.experts, samples, folder, self.dtype, self._at_point)

@@ -48,7 +48,7 @@ def post_train(
     Args:
         experts: folders of the experts, which adapters are filled from.
         samples: of one epoch.
-        folder: for the state of the training.
+        folder: for the state of the training, and a copy of the output's record, by which it is known.
         dtype: of the output, as torch names it.
         at_point: called with step, epochs done and mean loss.
 
@@ -66,7 +66,13 @@ def post_train(
     if settings.epochs:
         _train(recipe, model, samples, folder, losses, at_point)
     result = {"epochs": settings.epochs, "losses": losses}
-    _write(recipe, model, assembled, dtype, result)
+    values = recipe.to_dict()
+    for name in ("output", "work", "device"):
+        del values[name]
+    record = {**read_json(assembled / RECORD_NAME), "upit": values, "post_training": result}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RECORD_NAME, record)
+    _write(recipe, model, assembled, dtype, record)
     for path in folder.glob("state-*"):
         path.unlink()
     return result
@@ -142,10 +148,9 @@ def _balance_loss(logits_TE: Tensor, mask_T: Tensor, experts_per_token: int) -> 
 # --- the output ---
 
 
-def _write(recipe: UpitRecipe, model: Any, assembled: Path, dtype: str, result: dict[str, Any]) -> None:
+def _write(recipe: UpitRecipe, model: Any, assembled: Path, dtype: str, record: dict[str, Any]) -> None:
     """The mixture as assembled, with the weights that training has changed, rounded once."""
     output = Path(recipe.output).expanduser()
-    record = read_json(assembled / RECORD_NAME)
     adapter = recipe.lora_experts == "adapter"
     with working_folder(output) as folder:
         if adapter:
@@ -159,11 +164,8 @@ def _write(recipe: UpitRecipe, model: Any, assembled: Path, dtype: str, result: 
             if not _is_weights(path, recipe):
                 copy_file(path, folder / path.name)
         write_synced_json(folder / "config.json", {**read_json(assembled / "config.json"), "dtype": dtype})
-        values = recipe.to_dict()
-        for name in ("output", "work", "device"):
-            del values[name]
-        write_synced_json(folder / RECORD_NAME, {**record, "upit": values, "post_training": result})
-        write_text(folder / "README.md", _card(recipe, record["parameters"], values))
+        write_synced_json(folder / RECORD_NAME, record)
+        write_text(folder / "README.md", _card(recipe, record["parameters"], record["upit"]))
         for path in folder.rglob("*.safetensors"):
             path.chmod(0o644)
 

@@ -90,6 +90,16 @@ def test_a_damaged_record_is_named(record, sentence, recording, tmp_path):
         open_expert(folder)
 
 
+def test_the_record_belongs_to_what_an_output_was_made_from(recording, tmp_path):
+    expert = shutil.copytree(experts_of(recording)[0], tmp_path / "expert")
+    recipe = {"method": "copy", "base": str(expert), "experts": 2, "output": str(tmp_path / "out")}
+    output = upcycle.upcycle(upcycle.recipe_from_dict(recipe)).output
+    path = expert / "expert.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "kind": "value"}))
+    with pytest.raises(UpcycleError, match=r"expert\.json has changed since"):
+        upcycle.verify(output)
+
+
 def test_an_expert_of_another_base_is_refused(recording, low_rank_recording, dense, tmp_path):
     wide = str(dense("llama", intermediate_size=56))
     for number, of in enumerate((recording, low_rank_recording)):

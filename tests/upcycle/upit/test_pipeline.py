@@ -279,7 +279,7 @@ def test_a_tokenizer_of_another_model_is_refused(dense, base, data, tmp_path):
 def test_an_output_that_exists_is_refused(recipe):
     made = recipe()
     Path(made.output).mkdir()
-    with pytest.raises(UpcycleError, match="out exists already; choose another output or remove it"):
+    with pytest.raises(UpcycleError, match="out exists already and is not this run's; choose another output"):
         run_upit(made)
 
 
@@ -290,6 +290,44 @@ def test_an_output_written_just_before_a_kill_counts(recipe, finished):
     before = weights(whole)
     assert run_upit(whole) == results
     assert weights(whole) == before
+
+
+def test_a_finished_run_whose_output_is_elsewhere_says_so(recipe):
+    made = recipe(route={"init": "normal"}, post_train={"epochs": 0})
+    run_upit(made)
+    moved = replace(made, output=f"{made.output}-moved")
+    with pytest.raises(
+        UpcycleError, match=r"its output is not at .*out-moved; move it there, or remove .*work"
+    ):
+        run_upit(moved)
+    Path(made.output).rename(moved.output)
+    assert run_upit(moved)["post_train"] == {"epochs": 0, "losses": {}}
+    with pytest.raises(UpcycleError, match=r"its output is not at .*out; move it there"):
+        run_upit(made)
+    shutil.rmtree(Path(made.work) / "post_train")
+    run_upit(made)
+    assert weights(made) == weights(moved)
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_anothers_output_is_refused(stopped, recipe, base, finished):
+    """Before a run has said that it is done and after; empty, of another method, of another UpIT run."""
+    made = recipe(route={"init": "normal"}, post_train={"epochs": 0})
+    run_upit(made)
+    if stopped:
+        (Path(made.work) / "post_train" / "result.json").unlink()
+    output = Path(made.output)
+    values = {"method": "copy", "base": str(base), "experts": 2, "output": str(output)}
+    others = [
+        output.mkdir,
+        lambda: upcycle.upcycle(upcycle.recipe_from_dict(values)),
+        lambda: shutil.copytree(finished()[0].output, output),
+    ]
+    for write_other in others:
+        shutil.rmtree(output)
+        write_other()
+        with pytest.raises(UpcycleError, match="out exists already and is not this run's; choose another"):
+            run_upit(made)
 
 
 def test_two_runs_in_one_work_folder_are_refused(recipe):
