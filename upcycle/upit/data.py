@@ -73,17 +73,20 @@ def load_data(paths: Sequence[str | Path], tokenizer: Any, max_length: int) -> D
     return Data(tuple(samples), left_out, tuple(hashes))
 
 
-def draw_seed_set(num_samples: int, fraction: float, seed: int, experts: int) -> list[int]:
+def draw_seed_set(num_samples: int, fraction: float, seed: int, experts: int, quota: int) -> list[int]:
     """Places of the samples that routers start from: a share of the data, drawn without repetition, in order.
 
     Raises:
-        UpcycleError: the share holds fewer samples than there are experts.
+        UpcycleError: the share holds fewer samples than `quota` for each expert.
     """
-    count = round(num_samples * fraction)
-    if count < experts:
+    count, needed = round(num_samples * fraction), experts * quota
+    if count < needed:
+        way_out = f"set it to {needed / num_samples:.6g} or more"
+        if needed > num_samples:
+            way_out = "take more data or fewer experts"
         raise UpcycleError(
-            f"route.seed_fraction must leave at least one sample for each of the {experts} experts, but "
-            f"{fraction} of {num_samples} samples are {count}; set it to {experts / num_samples:.3g} or more"
+            f"route.seed_fraction must leave route.min_per_expert ({quota}) samples for each of the "
+            f"{experts} experts, but {fraction} of {num_samples} samples are {count}; {way_out}"
         )
     drawn = generator(seed, "seed set").permutation(num_samples)[:count]
     return sorted(int(place) for place in drawn)

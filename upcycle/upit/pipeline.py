@@ -184,7 +184,11 @@ class Run:
             self.recording()
         if self.recipe.route.init == "trained":
             draw_seed_set(
-                len(self.data.samples), self.recipe.route.seed_fraction, self.recipe.seed, self.recipe.experts
+                len(self.data.samples),
+                self.recipe.route.seed_fraction,
+                self.recipe.seed,
+                self.recipe.experts,
+                self.recipe.route.min_per_expert,
             )
         for stage in self.stages():
             path = self.folder / stage / _SETTINGS_NAME

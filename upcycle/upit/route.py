@@ -88,7 +88,10 @@ def route(
     Returns:
         What happened, for the report: bucket sizes and for each expert its losses and mean sigmoid(h).
     """
-    places = draw_seed_set(len(samples), recipe.route.seed_fraction, recipe.seed, len(experts))
+    settings = recipe.route
+    places = draw_seed_set(
+        len(samples), settings.seed_fraction, recipe.seed, len(experts), settings.min_per_expert
+    )
     seed_set = [samples[place] for place in places]
     opened = [open_expert(path) for path in experts]
     folder.mkdir(parents=True, exist_ok=True)

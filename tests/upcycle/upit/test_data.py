@@ -127,13 +127,20 @@ def test_a_template_that_rewrites_earlier_messages_is_refused(chat_tokenizer, fi
 
 
 def test_the_seed_set_is_a_share_without_repetition():
-    places = draw_seed_set(100, 0.2, 3, 4)
+    places = draw_seed_set(100, 0.2, 3, 4, 1)
     assert len(set(places)) == 20
-    assert places == sorted(places) == draw_seed_set(100, 0.2, 3, 4)
-    assert places != draw_seed_set(100, 0.2, 4, 4)
+    assert places == sorted(places) == draw_seed_set(100, 0.2, 3, 4, 1)
+    assert places != draw_seed_set(100, 0.2, 4, 4, 1)
 
 
 def test_a_seed_fraction_with_fewer_samples_than_experts_is_refused():
     sentence = r"for each of the 8 experts, but 0.01 of 500 samples are 5; set it to 0.016 or more"
     with pytest.raises(UpcycleError, match=sentence):
-        draw_seed_set(500, 0.01, 0, 8)
+        draw_seed_set(500, 0.01, 0, 8, 1)
+    assert len(draw_seed_set(48, 0.5, 0, 8, 3)) == 24
+    with pytest.raises(
+        UpcycleError, match=r"min_per_expert \(4\) samples for each of the 8 .* 0.666667 or more"
+    ):
+        draw_seed_set(48, 0.5, 0, 8, 4)
+    with pytest.raises(UpcycleError, match=r"0.5 of 48 samples are 24; take more data or fewer experts"):
+        draw_seed_set(48, 0.5, 0, 8, 7)

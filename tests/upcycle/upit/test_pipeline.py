@@ -244,7 +244,12 @@ def test_checkpoints_of_another_kind_or_base_are_refused(
 
 def test_a_seed_fraction_without_a_sample_for_each_expert_is_refused_before_training(recipe):
     made = recipe(route={"seed_fraction": 0.1})
-    with pytest.raises(UpcycleError, match=r"0.1 of 24 samples are 2; set it to 0.167 or more"):
+    with pytest.raises(UpcycleError, match=r"0.1 of 24 samples are 2; set it to 0.166667 or more"):
+        run_upit(made)
+    made = recipe(route={"min_per_expert": 4})
+    with pytest.raises(
+        UpcycleError, match=r"for each of the 4 experts, but 0.5 of 24 samples are 12; set it"
+    ):
         run_upit(made)
     assert not (Path(made.work) / "prepare").exists()
 
