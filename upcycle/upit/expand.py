@@ -25,11 +25,12 @@ from upcycle.dtypes import from_float32
 from upcycle.errors import UpcycleError
 from upcycle.upit.expert import LORA_A, LORA_B, Expert, ExpertReader, open_expert, write_expert
 from upcycle.upit.feed_forward import feed_forward_tensors
-from upcycle.upit.files import generator, write_json
+from upcycle.upit.files import fingerprint, generator, write_json
 from upcycle.upit.recipe import ExpandRecipe
 from upcycle.upit.similarity import similarities, slices
 
 LIST_NAME = "experts.json"
+CHILD_NAME = "child.json"  # what a child was made from
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def expand(
 ) -> tuple[Origin, ...]:
     """Grow a pool of experts to `count`, children written below `folder`.
 
-    Children that are there already, from a run that was stopped, are kept: they depend on the seed alone.
+    Children that are there already, from a run that was stopped, are kept if they were made from the same
+    experts with the same settings.
 
     Args:
         checkpoints: folders of experts, in order.
@@ -55,7 +57,8 @@ def expand(
         folder: where children and the list of all experts go.
 
     Raises:
-        UpcycleError: there are fewer than two experts to start from, or they are of several kinds or bases.
+        UpcycleError: there are fewer than two experts to start from, they are of several kinds or bases, or
+            the folder holds other children.
     """
     folder = Path(folder)
     pool = [open_expert(path) for path in checkpoints]
@@ -81,8 +84,14 @@ def expand(
             used.add(pair)
         a = float(generator(seed, f"weights {number}").uniform())
         child = folder / f"child-{number:02}"
-        if not (child / "expert.json").is_file():
-            write_child(child, pool[pair[0]], pool[pair[1]], (a, 1.0 - a), settings.drop, seed, number)
+        made_from = pool[pair[0]], pool[pair[1]], (a, 1.0 - a), settings.drop, seed, number
+        if not child.exists():
+            write_child(child, *made_from)
+        elif read_json(child / CHILD_NAME) != child_record(*made_from):
+            raise UpcycleError(
+                f"{child} was made from other experts or with other settings; remove {folder} or choose "
+                "another folder"
+            )
         pool.append(open_expert(child))
         origins.append(Origin(str(child), pair, (a, 1.0 - a), similarity))
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,6 +127,19 @@ def _check_parents(pool: Sequence[Expert], count: int) -> None:
             )
 
 
+def child_record(
+    one: Expert, other: Expert, weights: tuple[float, float], drop: float, seed: int, number: int
+) -> dict[str, Any]:
+    """All that a child's numbers depend on, as plain values."""
+    return {
+        "parents": [fingerprint(one), fingerprint(other)],
+        "weights": list(weights),
+        "drop": drop,
+        "seed": seed,
+        "number": number,
+    }
+
+
 def write_child(
     folder: Path,
     one: Expert,
@@ -142,6 +164,7 @@ def write_child(
         parts = _mixed(one, other, weights, drop, f"{number}", seed)
     chunks = (from_float32(np.ascontiguousarray(part), dtype) for part in parts)
     write_expert(unfinished, one.base, kind, dtype, shapes, chunks)
+    write_json(unfinished / CHILD_NAME, child_record(one, other, weights, drop, seed, number))
     unfinished.rename(folder)
 
 

@@ -1,6 +1,7 @@
 """Children of experts: their arithmetic, their parents, and how alike experts are."""
 
 import json
+import shutil
 import tracemalloc
 from itertools import combinations
 
@@ -197,6 +198,29 @@ def test_a_stopped_expansion_keeps_its_children(recording, tmp_path):
     assert json.loads((folder / "experts.json").read_text())["experts"][4]["folder"] == str(
         folder / "child-04"
     )
+
+
+def test_children_of_other_experts_or_settings_are_refused(recording, tmp_path):
+    """What experts.json says is what the children were made from."""
+    experts, folder = experts_of(recording), tmp_path / "expand"
+    settings = ExpandRecipe()
+    origins = expand(experts, 4, folder, settings, 0)
+    sentence = "child-03 was made from other experts or with other settings; remove .*expand or choose"
+    for other in (
+        (experts, 4, folder, settings, 5),
+        (experts, 4, folder, ExpandRecipe(drop=0.0), 0),
+        (experts[:0:-1] + experts[:1], 4, folder, settings, 0),
+    ):
+        with pytest.raises(UpcycleError, match=sentence):
+            expand(*other)
+    assert read_origins(folder) == origins
+    # a checkpoint that another training has replaced
+    own = [shutil.copytree(path, tmp_path / path.name) for path in experts]
+    assert expand(own, 4, folder, settings, 0)[3] == origins[3]
+    for path in own:
+        shutil.copy(experts[1] / "expert.safetensors", path)
+    with pytest.raises(UpcycleError, match=sentence):
+        expand(own, 4, folder, settings, 0)
 
 
 def test_enough_checkpoints_have_no_children(recording, tmp_path):
