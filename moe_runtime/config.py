@@ -356,6 +356,7 @@ class ModelConfig:
                         f"{name} must name layers between 0 and {self.num_hidden_layers - 1}, got {layer}"
                     )
         self._check_layer_types()
+        self._check_rotated_width()
         A = self.num_attention_experts
         if self.num_attention_heads % A:
             raise ValueError(
@@ -383,6 +384,14 @@ class ModelConfig:
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError(
                 "sliding_window must be a number where layer_types has 'sliding_attention', got None"
+            )
+
+    def _check_rotated_width(self) -> None:
+        width = int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
+        if width % 2 or not 0 < width <= self.head_dim:
+            raise ValueError(
+                "head_dim * rope_parameters['partial_rotary_factor'] must be an even width of at most "
+                f"head_dim ({self.head_dim}), got {width}"
             )
 
     # --- per layer ---

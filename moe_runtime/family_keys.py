@@ -167,8 +167,13 @@ def phi(c: Keys) -> dict[str, Any]:
 
 def gptj(c: Keys) -> dict[str, Any]:
     width = c["hidden_size"] // c["num_attention_heads"]
-    factor = required(c, "rotary_dim") / width
-    if int(width * factor) < c["rotary_dim"]:  # a quotient that was rounded down
+    rotated = required(c, "rotary_dim")
+    if rotated % 2 or not 0 < rotated <= width:
+        raise ValueError(
+            f"rotary_dim must be an even width of at most that of a head ({width}), got {rotated}"
+        )
+    factor = rotated / width
+    if int(width * factor) < rotated:  # a quotient that was rounded down
         factor = nextafter(factor, 2.0)
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     return {

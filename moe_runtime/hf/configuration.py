@@ -62,12 +62,7 @@ class MoeRuntimeConfig(PreTrainedConfig):
                     f"{name}['rope_type'] must be one of {', '.join(map(repr, rope_types))}, got "
                     f"{rope.get('rope_type')!r}"
                 )
-        width = int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
-        if width % 2 or not 0 < width <= self.head_dim:
-            raise ValueError(
-                "head_dim * rope_parameters['partial_rotary_factor'] must be an even width of at most "
-                f"head_dim ({self.head_dim}), got {width}"
-            )
+        self.model_config()  # again: transformers may have found a part to rotate among an older file's keys
 
     def to_dict(self) -> dict[str, Any]:
         """transformers' dictionary, without the fields that `ModelConfig.to_dict` leaves out."""

@@ -92,6 +92,7 @@ def test_rope_settings_of_older_files_are_understood(older):
         ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping must be a number above 0, got 0.0"),
         ({"embedding_multiplier": float("inf")}, "embedding_multiplier must be a number above 0, got inf"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}}, "must be an even width"),
+        ({"partial_rotary_factor": 0.4}, "must be an even width"),
         ({"num_norms": 1}, "num_norms must be 2 in a sequential block, got 1"),
         ({"num_norms": 3}, "num_norms must be one of 1, 2, got 3"),
         ({"moe_layers": [5]}, "moe_layers must name layers between 0 and 1, got 5"),

@@ -395,6 +395,22 @@ ERRORS += [
         id="layer-types-length",
     ),
     pytest.param({"model_type": "moe_runtime", "vocab_size": 8}, "hidden_size is missing", id="own-family"),
+    *(
+        pytest.param(
+            {**TINY, "model_type": "gptj", "rotary_dim": width},
+            rf"rotary_dim must be an even width of at most that of a head \(8\), got {width}",
+            id=f"rotary-dim-{width}",
+        )
+        for width in (0, 3, 20)
+    ),
+    *(
+        pytest.param(
+            {**TINY, "model_type": "phi", "partial_rotary_factor": part},
+            rf"partial_rotary_factor'\] must be an even width of at most head_dim \(8\), got {int(8 * part)}",
+            id=f"rotated-part-{part}",
+        )
+        for part in (-1.0, 0.0, 0.4, 1.5)
+    ),
     pytest.param({**TINY, "model_type": "gemma3"}, "got 'gemma3'; it reads images too", id="gemma3-images"),
 ]
 

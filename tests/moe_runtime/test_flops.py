@@ -230,7 +230,7 @@ def test_biases_norms_and_odd_parts_are_counted():
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=3,
+        head_dim=4,
         num_attention_experts=2,
         attention_bias=True,
         attention_output_bias=True,
@@ -244,11 +244,11 @@ def test_biases_norms_and_odd_parts_are_counted():
         norm_bias=True,
     )
     assert dict(model_parameters(config)) == {
-        "attention": 2 * 6 * 12 + 2 * 6 * 6 + (12 + 6 + 6) + 2 * 6,
+        "attention": 2 * 6 * 16 + 2 * 6 * 8 + (16 + 8 + 8) + 2 * 6,
         "attention_router": 2 * 6,
         "router": 3 * 6,
         "experts": 3 * (2 * 6 * 7 + 7 + 6),
-        "norms": 3 * 12 + 12 + 6,
+        "norms": 3 * 12 + 16 + 8,
         "embedding": 66,
         "head": 66,
     }
