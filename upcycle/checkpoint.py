@@ -32,6 +32,11 @@ _MAX_HEADER = 100_000_000
 # Of a shape in a header; beyond it a forged one would keep the multiplication of its sizes busy.
 _MAX_DIMENSIONS = 16
 _MAX_SIZE = 2**63
+# Counts in a config.json by which tensors are listed: far beyond any model, and soon listed.
+_MOST = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), 1000),
+    **dict.fromkeys(("num_experts", "num_local_experts", "num_attention_experts"), 4096),
+}
 _COPY_BYTES = 8 * 2**20  # at once
 _FLUSH_BYTES = 32 * 2**20
 
@@ -96,19 +101,48 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         UpcycleError: a file is missing, truncated or damaged, or the shards and their index disagree.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if not folder.is_dir():
         raise UpcycleError(f"{folder}: there is no such checkpoint folder")
-    config_path = folder / "config.json"
-    if not config_path.exists():
-        raise UpcycleError(f"{config_path} is missing; a checkpoint folder must hold it")
-    config_json = read_json(config_path)
+    config_json = read_config(folder)
     tensors = read_tensors(folder, SINGLE_NAME, read_header)
     if tensors is None:
         raise UpcycleError(
             f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}; save the model as safetensors first"
         )
     return Checkpoint(folder, config_json, tensors, files_of(tensors))
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with the home of `~` or `~user` written out.
+
+    Raises:
+        UpcycleError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UpcycleError(f"{path}: there is no home folder of that user") from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json, whose counts are small enough to list what they count.
+
+    Raises:
+        UpcycleError: it is missing or damaged, a count is none, or the family is no text.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise UpcycleError(f"{path} is missing; a checkpoint folder must hold it")
+    values = read_json(path)
+    family = values.get("model_type")
+    if family is not None and not isinstance(family, str):
+        raise UpcycleError(f"{path}: model_type must be a text, got {family!r}")
+    for name, most in _MOST.items():
+        value = values.get(name)
+        if value is not None and (type(value) is not int or not 0 <= value <= most):
+            raise UpcycleError(f"{path}: {name} must be a whole number from 0 to {most}, got {value!r}")
+    return values
 
 
 def files_of(tensors: dict[str, StoredTensor]) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
 """Configurations of mergekit-moe as recipes: the same experts, and a note for whatever is done otherwise."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from upcycle.checkpoint import expanded
 from upcycle.errors import RecipeError
 from upcycle.recipe import Recipe, recipe_from_dict
 from upcycle.sources import AdapterSource, open_source
@@ -88,14 +88,17 @@ def _translate(values: Mapping[str, Any], output: str) -> tuple[dict[str, Any], 
 
 def _method(experts: list[Mapping[str, Any]], sources: list[Any], base: Any) -> dict[str, Any]:
     """Experts that are all the base's own feed-forward are copies of it; else each comes from its source."""
-    scales = {expert.get("noise_scale") or 0 for expert in experts}
+    scales = [expert.get("noise_scale") or 0 for expert in experts]
+    for scale in scales:
+        if not isinstance(scale, int | float):
+            raise RecipeError(f"noise_scale must be a number, got {scale!r}")
     if any(expert.get("residual_scale") not in (None, 1, 1.0) for expert in experts):
         raise RecipeError("residual_scale has no counterpart; leave it out")
     same = all(source == base for source in sources)
-    if scales != {0}:
-        if not same or len(scales) > 1:
+    if any(scales):
+        if not same or len(set(scales)) > 1:
             raise RecipeError("noise_scale must be the same for all experts, and these copies of base_model")
-        return {"method": "noise", "experts": len(sources), "noise": {"std": scales.pop()}}
+        return {"method": "noise", "experts": len(sources), "noise": {"std": scales[0]}}
     if same:
         return {"method": "copy", "experts": len(sources)}
     return {"method": "btx", "sources": sources, "non_expert": "base"}
@@ -105,7 +108,7 @@ def _router(
     values: Mapping[str, Any], experts: list[Mapping[str, Any]], base: Any, notes: list[str]
 ) -> dict[str, Any]:
     mode = values.get("gate_mode", "hidden")
-    if mode not in _NOTES:
+    if not isinstance(mode, str) or mode not in _NOTES:
         raise RecipeError(f"gate_mode must be one of {', '.join(map(repr, _NOTES))}, got {mode!r}")
     notes.append(_NOTES[mode])
     if mode == "random":
@@ -150,7 +153,7 @@ def _source(reference: object, name: str) -> str | dict[str, str]:
         model, lora = _path(reference), None
     if model is None:
         raise RecipeError(f"{name} must be the path of a model, got {reference!r}")
-    if lora is None and "+" in model and not Path(model).expanduser().exists():
+    if lora is None and "+" in model and not expanded(model).exists():
         model, _, lora = model.partition("+")
     return model if lora is None else {"base": model, "adapter": lora}
 

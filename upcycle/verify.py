@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_runtime.config import ModelConfig
 from moe_runtime.families import model_config
-from upcycle.checkpoint import open_checkpoint, read_json
+from upcycle.checkpoint import expanded, open_checkpoint, read_json
 from upcycle.errors import UpcycleError
 from upcycle.method_sections import SECTIONS
 from upcycle.plan import TORCH_DTYPE
@@ -87,7 +87,7 @@ def verify(path: str | Path) -> Verification:
         UpcycleError: the folder is not an upcycled model, or its base is gone or has changed.
         ValueError: the weights do not fit the config.json.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if not folder.is_dir():
         raise UpcycleError(f"{folder}: there is no such folder")
     if not (folder / RECORD_NAME).exists():

@@ -160,6 +160,7 @@ REFUSED = [
     ),
     ({"experts_per_token": 5}, r"experts_per_token must be at most the number of experts \(2\), got 5"),
     ({"experts_per_token": 0}, "x.yml: experts_per_token must be at least 1, got 0"),
+    ({"gate_mode": ["random"]}, r"gate_mode must be one of .*, got \['random'\]"),
     ({"base_model": "nowhere"}, "nowhere: there is no such checkpoint folder"),
 ]
 
@@ -178,6 +179,7 @@ def test_what_has_no_counterpart_is_refused(changes, message, branches):
     ("experts", "message"),
     [
         ({"residual_scale": 0.5}, "residual_scale has no counterpart"),
+        ({"noise_scale": [0.1]}, r"noise_scale must be a number, got \[0\.1\]"),
         (
             {"noise_scale": 0.1},
             "noise_scale must be the same for all experts, and these copies of base_model",

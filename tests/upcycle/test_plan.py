@@ -254,6 +254,24 @@ def test_families_without_a_plan_are_named(dense_copy):
         copy_plan(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number from 0 to 1000, got 10{9}"),
+        ({"n_layer": 10**9}, "n_layer must be a whole number from 0 to 1000"),
+        ({"num_local_experts": 10**9}, "num_local_experts must be a whole number from 0 to 4096"),
+        ({"num_hidden_layers": 2.0}, r"num_hidden_layers must be a whole number from 0 to 1000, got 2\.0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers must be a whole number from 0 to 1000, got -1"),
+        ({"model_type": ["llama"]}, r"model_type must be a text, got \['llama'\]"),
+    ],
+)
+def test_a_configuration_that_counts_beyond_any_model_is_refused(changes, message, dense_copy):
+    folder = dense_copy()
+    change_config(folder, **changes)
+    with pytest.raises(UpcycleError, match=r"damaged/config\.json: " + message):
+        copy_plan(folder)
+
+
 TENSORS = [
     pytest.param("model.norm.weight", lambda t: None, "tensor model.norm.weight is missing", id="missing"),
     pytest.param(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from upcycle.checkpoint import (
     Checkpoint,
     StoredTensor,
+    expanded,
     files_of,
     read_header,
     read_json,
@@ -96,7 +97,7 @@ def _check_base(config: Mapping[str, Any], base: Checkpoint, folder: Path) -> No
     names = {base.folder.name, home.name, Path(str(base.config_json.get("_name_or_path", ""))).name}
     # a hub cache: models--OWNER--NAME/snapshots/COMMIT
     names.add(home.parent.parent.name.rpartition("--")[2])
-    if Path(str(declared)).expanduser().resolve() == home or Path(str(declared)).name in names - {""}:
+    if expanded(str(declared)).resolve() == home or Path(str(declared)).name in names - {""}:
         return
     raise UpcycleError(
         f"{folder}: the adapter was trained on {declared}, not on {base.folder}; where the two are one "

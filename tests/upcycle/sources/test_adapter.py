@@ -48,6 +48,11 @@ def read(source, name, step):
     return np.concatenate(parts)
 
 
+def change_adapter_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
 OPTIONS = [
     pytest.param({}, id="plain"),
     pytest.param({"use_rslora": True}, id="rslora"),
@@ -118,6 +123,11 @@ def test_a_copy_of_an_adapted_model_is_verified_against_it(dense, tmp_path):
     verified = upcycle.verify(output)
     assert verified.must_be_equal
     assert verified.passed
+    change_adapter_config(adapter, lora_alpha=7)
+    with pytest.raises(UpcycleError, match=r"adapter_config\.json has changed since .*out was made from it"):
+        upcycle.verify(output)
+    change_adapter_config(adapter, lora_alpha=6)
+    assert upcycle.verify(output).passed
     weights = adapter / "adapter_model.safetensors"
     save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
     with pytest.raises(UpcycleError, match=r"adapter_model\.safetensors has changed since"):
@@ -219,3 +229,16 @@ def test_an_adapter_on_an_adapter_is_refused(adapter):
 def test_recipes_say_what_a_source_must_be(source, message):
     with pytest.raises(RecipeError, match=message):
         recipe_from_dict({"method": "btx", "output": "x", "sources": [source, "b"]})
+
+
+def test_a_folder_with_a_model_and_an_adapter_says_not_which_is_meant(dense_copy, tmp_path):
+    adapter = save_adapter(dense_copy(), tmp_path / "adapter")
+    both = dense_copy(name="both")
+    for path in adapter.glob("adapter_*"):
+        shutil.copy(path, both)
+    message = r"both holds a model and an adapter \(adapter_config\.json\); put the adapter into a folder"
+    with pytest.raises(UpcycleError, match=message):
+        open_source(both)
+    for path in both.glob("model*"):
+        path.unlink()
+    assert open_source(both).adapter is not None  # beside a config.json without weights it is one
