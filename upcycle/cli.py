@@ -124,9 +124,15 @@ def _summary(result: UpcycleResult) -> str:
             f"\nAt most {memory:.2f} GB of memory; about {result.estimate.seconds:.0f} s at the "
             f"{rate:.2f} GB/s of a short copy to that disk"
         )
+    rounds = ""
+    if result.rounded_types and plan.recipe.dtype is None:
+        rounds = (
+            f"\nTensors of type {', '.join(result.rounded_types)} are rounded to {plan.dtype}, that of the "
+            "base's embeddings; 'dtype' in the recipe chooses another"
+        )
     return (
         f"{done} {result.output}: {plan.num_parameters:,} parameters, {plan.num_bytes / 1e9:.2f} GB "
-        f"({plan.dtype}) in {len(result.files)} file(s){took}{cost}"
+        f"({plan.dtype}) in {len(result.files)} file(s){took}{rounds}{cost}"
     )
 
 

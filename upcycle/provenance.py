@@ -16,8 +16,9 @@ import yaml
 from moe_runtime.publishing import AUTO_MAP, published_files
 from upcycle.checkpoint import Checkpoint
 from upcycle.errors import UpcycleError
-from upcycle.plan import UpcyclePlan
+from upcycle.plan import TORCH_DTYPE, UpcyclePlan
 from upcycle.sources import AdapterSource, open_source
+from upcycle.sources.adapter import ADAPTER_CONFIG
 from upcycle.tasks import Scale
 
 RECORD_NAME = "upcycle.json"
@@ -75,6 +76,7 @@ def record(plan: UpcyclePlan, hashes: Mapping[Path, str], routers: dict[str, Any
         "method": plan.recipe.method,
         "recipe": recipe,
         "seed": plan.recipe.router.seed,
+        "dtype": TORCH_DTYPE[plan.dtype],
         **({"routers": routers} if routers is not None else {}),
         "sources": [_source_record(source, hashes) for source in plan.sources],
         "base": plan.sources.index(plan.base),
@@ -95,6 +97,7 @@ def record(plan: UpcyclePlan, hashes: Mapping[Path, str], routers: dict[str, Any
             "moe-runtime": _version("moe-runtime"),
             "numpy": _version("numpy"),
             "python": platform.python_version(),
+            **({"gguf": _version("gguf")} if any(source.file for source in plan.sources) else {}),
         },
     }
 
@@ -103,18 +106,27 @@ def _source_record(source: Checkpoint, hashes: Mapping[Path, str]) -> dict[str, 
     entry = {
         "path": str(source.location.resolve()),
         "model_type": source.config_json["model_type"],
+        "dtypes": sorted({TORCH_DTYPE.get(tensor.dtype, tensor.dtype) for tensor in source.tensors.values()}),
+        **({"config": hash_values(source.config_json)} if source.file is None else {}),
         "files": {name: hashes[source.folder / name] for name in source.files},
     }
     if source.adapter is not None:
         folder = source.adapter.folder
         files = {name: hashes[folder / name] for name in source.adapter.files}
-        entry["adapter"] = {"path": str(folder.resolve()), "files": files}
+        config = hash_values(source.adapter.config_json)
+        entry["adapter"] = {"path": str(folder.resolve()), "config": config, "files": files}
     return entry
+
+
+def hash_values(config_json: Mapping[str, Any]) -> str:
+    """sha256 of what a JSON file says, however it is laid out."""
+    return sha256(json.dumps(config_json, sort_keys=True).encode()).hexdigest()
 
 
 def recorded_hashes(entry: Mapping[str, Any]) -> tuple[str, ...]:
     """Of the weights of a source of upcycle.json, and of the adapter on it; equal for equal models."""
-    of_adapter = sorted(entry["adapter"]["files"].values()) if "adapter" in entry else []
+    adapter = entry.get("adapter")
+    of_adapter = [adapter.get("config"), *sorted(adapter["files"].values())] if adapter is not None else []
     return (*sorted(entry["files"].values()), *of_adapter)
 
 
@@ -134,8 +146,21 @@ def open_recorded(entry: Mapping[str, Any], output: Path) -> Checkpoint:
     source = open_source(path if adapter is None else AdapterSource(path, adapter["path"]))
     for file, value in expected.items():
         if not file.is_file() or hash_file(file) != value:
-            raise UpcycleError(f"{file} has changed since {output} was made from it")
+            raise _has_changed(file, output)
+    _check_config(folder / "config.json", source, entry, output)
+    if adapter is not None and source.adapter is not None:
+        _check_config(source.adapter.folder / ADAPTER_CONFIG, source.adapter, adapter, output)
     return source
+
+
+def _check_config(file: Path, source: Checkpoint, entry: Mapping[str, Any], output: Path) -> None:
+    """A GGUF file has none, and records of before did not say."""
+    if "config" in entry and entry["config"] != hash_values(source.config_json):
+        raise _has_changed(file, output)
+
+
+def _has_changed(file: Path, output: Path) -> UpcycleError:
+    return UpcycleError(f"{file} has changed since {output} was made from it")
 
 
 def write_side_files(

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,11 @@ from rich.progress import (
 )
 
 from upcycle import names
-from upcycle.checkpoint import INDEX_NAME, Reader, Shard, index_json, make_shards, write_shard
+from upcycle.checkpoint import INDEX_NAME, Reader, Shard, expanded, index_json, make_shards, write_shard
 from upcycle.errors import UpcycleError
 from upcycle.estimate import Estimate, estimate
 from upcycle.plan import UpcyclePlan, make_plan_for
-from upcycle.provenance import hash_file, write_json, write_side_files, write_text
+from upcycle.provenance import hash_file, record, write_json, write_side_files, write_text
 from upcycle.recipe import Recipe, load_recipe, parse_size
 from upcycle.routers.compute import RouterWeights, open_routers
 from upcycle.stream import are_equal, chunks
@@ -61,6 +60,13 @@ class UpcycleResult:
     seconds: float
     estimate: Estimate | None = None  # of a dry run
 
+    @property
+    def rounded_types(self) -> tuple[str, ...]:
+        """Types of tensors of the sources whose numbers the output's type need not hold."""
+        plan = self.plan
+        found = {tensor.dtype for source in plan.sources for tensor in source.tensors.values()}
+        return () if plan.dtype == "F32" else tuple(sorted(found - {plan.dtype}))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `--json`."""
         return {
@@ -74,6 +80,7 @@ class UpcycleResult:
             "parameters": self.plan.num_parameters,
             "bytes": self.plan.num_bytes,
             "dtype": self.plan.dtype,
+            "rounded_types": list(self.rounded_types),
             "routers": self.plan.recipe.router.describe(),
             "seconds": self.seconds,
             **({"estimate": asdict(self.estimate)} if self.estimate else {}),
@@ -94,7 +101,7 @@ def upcycle(recipe: Recipe | str | Path, *, dry_run: bool = False) -> UpcycleRes
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     start = time.monotonic()
-    output = Path(recipe.output).expanduser()
+    output = expanded(recipe.output)
     _check_free(output)
     plan = make_plan_for(recipe)
     shards = make_shards(plan.tasks, parse_size(recipe.max_shard_size))
@@ -251,14 +258,16 @@ def _write(folder: Path, plan: UpcyclePlan, shards: tuple[Shard, ...], routers: 
 
 
 def _identity(plan: UpcyclePlan, shards: tuple[Shard, ...], routers: RouterWeights | None) -> str:
-    """A text that is equal for runs whose files are equal, as far as sizes and times of the sources tell."""
-    digest = sha256()
-    for path in _source_files(plan):
-        state = path.stat()
-        digest.update(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}\n".encode())
-    router_record = routers.record if routers is not None else None
-    for part in (*shards, json.dumps(router_record), metadata.version("numpy")):
-        digest.update(repr(part).encode())
+    """A text that is equal for runs whose files are equal, as far as sizes and times of the weights tell.
+
+    It covers all that upcycle.json would say: configurations and versions too.
+    """
+    states = {path: path.stat() for path in _source_files(plan)}
+    as_hashes = {path: f"{state.st_size} {state.st_mtime_ns}" for path, state in states.items()}
+    said = record(plan, as_hashes, routers.record if routers is not None else None)
+    digest = sha256(json.dumps(said).encode())
+    for shard in shards:
+        digest.update(repr(shard).encode())
     return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import typer
 import yaml
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from upcycle import UpcycleError
@@ -106,6 +107,24 @@ def test_tables_for_people(recipe, tmp_path):
     text = invoke("verify", tmp_path / "out")
     assert "no: the sources differ; router.gate 'raw'" in text
     assert "passed" in text
+
+
+def test_it_says_where_the_bases_type_holds_less_than_its_tensors(dense_copy, tmp_path):
+    folder = dense_copy(shard="1GB")
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].bfloat16()
+    save_file(tensors, weights, metadata={"format": "pt"})
+    path = tmp_path / "recipe.yaml"
+    values = {"method": "copy", "base": str(folder), "experts": 2, "output": str(tmp_path / "out")}
+    for dtype, said, types in ((None, True, ["F32"]), ("bfloat16", False, ["F32"]), ("float32", False, [])):
+        path.write_text(yaml.safe_dump({**values, "dtype": dtype}))
+        assert ("Tensors of type F32 are rounded to BF16" in invoke("upcycle", path, "--dry-run")) == said
+        assert json.loads(invoke("upcycle", path, "--dry-run", "--json"))["rounded_types"] == types
+    path.write_text(yaml.safe_dump(values))
+    invoke("upcycle", path)
+    record = json.loads((tmp_path / "out" / "upcycle.json").read_text())
+    assert (record["dtype"], record["sources"][0]["dtypes"]) == ("bfloat16", ["bfloat16", "float32"])
 
 
 def test_a_path_that_looks_like_markup_is_printed_as_it_is(dense, tmp_path, monkeypatch):

@@ -15,7 +15,15 @@ def test_the_record_names_sources_hashes_and_what_was_averaged(dense, run):
     assert (record["method"], record["seed"], record["base"]) == ("btx", 5, 0)
     for source, entry in zip(sources, record["sources"], strict=True):
         files = {path.name: sha256(path.read_bytes()).hexdigest() for path in source.glob("*.safetensors")}
-        assert entry == {"path": str(source), "model_type": "llama", "files": files}
+        config = json.dumps(json.loads((source / "config.json").read_text()), sort_keys=True)
+        assert entry == {
+            "path": str(source),
+            "model_type": "llama",
+            "dtypes": ["float32"],
+            "config": sha256(config.encode()).hexdigest(),
+            "files": files,
+        }
+    assert record["dtype"] == "float32"
     assert record["recipe"]["experts_per_token"] == 2
     assert record["recipe"]["router"]["gate"] == "renorm"
     assert "output" not in record["recipe"]

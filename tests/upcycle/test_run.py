@@ -21,6 +21,7 @@ from upcycle import UpcycleError, recipe_from_dict
 # The modules, to replace what they call: the package offers functions of the same names.
 RUN = sys.modules["upcycle.run"]
 CHECKPOINT = sys.modules["upcycle.checkpoint"]
+PROVENANCE = sys.modules["upcycle.provenance"]
 
 
 def recipe_for(tmp_path, **values):
@@ -194,6 +195,12 @@ def test_a_missing_source_is_named(tmp_path):
     )
 
 
+def test_the_home_of_nobody_is_named(dense, tmp_path):
+    message = "~nobody-of-this-name/x: there is no home folder of that user"
+    fails(copy_recipe("~nobody-of-this-name/x", tmp_path), tmp_path, message)
+    fails(copy_recipe(dense("llama"), tmp_path, output="~nobody-of-this-name/x"), tmp_path, message)
+
+
 def test_a_disk_without_room_is_seen_before_the_run(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(RUN.shutil, "disk_usage", lambda path: SimpleNamespace(free=50 * 10**6))
     recipe = copy_recipe(dense("llama"), tmp_path)
@@ -321,6 +328,16 @@ def touch_a_source(recipe, source, incomplete):
     return recipe
 
 
+def change_the_configuration(recipe, source, incomplete):
+    path = source / "config.json"
+    state = path.stat()
+    path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-03'))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert path.stat().st_size == state.st_size
+    assert "1e-03" in path.read_text()
+    return recipe
+
+
 def cut_a_file(recipe, source, incomplete):
     path = sorted(incomplete.glob("*.safetensors"))[0]
     path.write_bytes(path.read_bytes()[:-1])
@@ -333,7 +350,14 @@ def forget_the_run(recipe, source, incomplete):
 
 
 @pytest.mark.parametrize(
-    ("change", "kept"), [(change_seed, 0), (touch_a_source, 0), (forget_the_run, 0), (cut_a_file, 1)]
+    ("change", "kept"),
+    [
+        (change_seed, 0),
+        (touch_a_source, 0),
+        (change_the_configuration, 0),
+        (forget_the_run, 0),
+        (cut_a_file, 1),
+    ],
 )
 def test_another_run_uses_nothing_that_is_left(change, kept, dense_copy, tmp_path, monkeypatch):
     source = dense_copy()
@@ -345,6 +369,14 @@ def test_another_run_uses_nothing_that_is_left(change, kept, dense_copy, tmp_pat
     assert len(names) == len(result.files) - kept
     fresh = upcycle.upcycle(dataclasses.replace(recipe, output=str(tmp_path / "fresh")))
     assert contents(result.output) == contents(fresh.output)
+
+
+def test_another_version_of_ours_begins_anew(dense, tmp_path, monkeypatch):
+    recipe = many_shards(dense("llama"), tmp_path)
+    interrupt_after(2, recipe, monkeypatch)
+    monkeypatch.setattr(PROVENANCE, "_version", lambda package: "99.0" if package == "moe-runtime" else "1.0")
+    names = written_files(monkeypatch)
+    assert names == list(upcycle.upcycle(recipe).files)
 
 
 def test_a_run_that_fails_when_it_goes_on_leaves_nothing(dense_copy, tmp_path, monkeypatch):
