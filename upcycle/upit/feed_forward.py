@@ -25,6 +25,16 @@ def feed_forward_tensors(base: Checkpoint) -> tuple[tuple[str, ...], ...]:
     return tuple(layers)
 
 
+def down_projections(base: Checkpoint) -> frozenset[str]:
+    """The stored weights with the hidden neurons as columns, of all layers; the others have them as rows."""
+    config = dense_config(base)
+    rows = stored_rows(base, config)
+    return frozenset(
+        rows[f"{names.layer(number)}.mlp.down_proj.weight"].tensor
+        for number in range(config.num_hidden_layers)
+    )
+
+
 def router_inputs(base: Checkpoint) -> tuple[str, ...]:
     """Of every layer, the module whose input is the feed-forward's, which a router reads too."""
     config = dense_config(base)

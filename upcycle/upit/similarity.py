@@ -8,7 +8,7 @@
 Greater is more alike.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from itertools import combinations
 from math import prod
 from typing import Literal
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upcycle.upit.expert import Expert, ExpertReader, matrix_shape
+from upcycle.upit.feed_forward import down_projections
 
 Similarity = Literal["cosine", "l2", "cka"]
 
@@ -40,11 +41,12 @@ def similarities(
     totals = dict.fromkeys(pairs, 0.0)
     used = sorted({place for pair in pairs for place in pair})
     readers = {place: ExpertReader(experts[place]) for place in used}
+    down = down_projections(experts[0].base) if measure == "cka" else frozenset()
     try:
         for names in layers:
             if measure == "cka":
                 for first, second in pairs:
-                    totals[first, second] += _layer_cka(readers[first], readers[second], names)
+                    totals[first, second] += _layer_cka(readers[first], readers[second], names, down)
             else:
                 gram_PP = _gram([readers[place] for place in used], names)
                 for pair in pairs:
@@ -99,19 +101,15 @@ def _from_gram(aa: float, bb: float, ab: float, measure: Similarity) -> float:
     return float(ab / np.sqrt(aa * bb)) if aa * bb > 0 else 0.0
 
 
-def _layer_cka(one: ExpertReader, other: ExpertReader, names: Sequence[str]) -> float:
+def _layer_cka(one: ExpertReader, other: ExpertReader, names: Sequence[str], down: Set[str]) -> float:
     matrices = [name for name in names if len(one.checkpoint.tensors[name].shape) == 2]
-    return sum(_cka(one, other, name) for name in matrices) / len(matrices)
+    return sum(_cka(one, other, name, name in down) for name in matrices) / len(matrices)
 
 
-def _cka(one: ExpertReader, other: ExpertReader, name: str) -> float:
-    F, D = one.checkpoint.tensors[name].shape
-    # the down-projection has the channels as rows
-    down = F < D
-    if down:
-        a_FD, b_FD = (_delta(reader, name, D, 0, F).T.astype(np.float64) for reader in (one, other))
-    else:
-        a_FD, b_FD = (_delta(reader, name, D, 0, F).astype(np.float64) for reader in (one, other))
+def _cka(one: ExpertReader, other: ExpertReader, name: str, down: bool) -> float:
+    rows, width = one.checkpoint.tensors[name].shape
+    stored = [_delta(reader, name, width, 0, rows).astype(np.float64) for reader in (one, other)]
+    a_FD, b_FD = [delta.T for delta in stored] if down else stored
     a_FD, b_FD = a_FD - a_FD.mean(axis=0), b_FD - b_FD.mean(axis=0)
     norms = np.linalg.norm(a_FD.T @ a_FD) * np.linalg.norm(b_FD.T @ b_FD)
     return float(np.square(a_FD.T @ b_FD).sum() / norms) if norms > 0 else 0.0

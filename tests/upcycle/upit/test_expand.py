@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 from upit_runs import experts_of, record_low_rank, record_shifted
 
+import upcycle.provenance
 import upcycle.upit.similarity
 from upcycle.errors import UpcycleError
 from upcycle.upit.expand import Origin, dare, expand, read_origins, write_child
@@ -146,16 +147,33 @@ def test_similarities_are_those_of_whole_deltas(measure, kind, recording, low_ra
     assert matrix[1][1] == (0.0 if measure == "l2" else 1.0)
 
 
+@pytest.mark.parametrize("width", [16, 32])
+def test_cka_takes_hidden_neurons_as_samples_however_many_there_are(width, dense, tmp_path):
+    """Fewer than channels, or as many: the tensor's role decides, not its shape."""
+    base = dense("llama", intermediate_size=width)
+    folders = experts_of(record_shifted(tmp_path / "recording", base, 2)[0])
+    experts = [open_expert(folder) for folder in folders]
+    layers = feed_forward_tensors(experts[0].base)
+    one, other = map(deltas, folders)
+    expected = np.mean([plain_similarity("cka", one, other, names) for names in layers])
+    assert abs(similarities(experts, [(0, 1)], layers, "cka")[0, 1] - expected) < 1e-5
+
+
 def plain_similarity(measure, one, other, names):
     if measure == "cka":
-        return np.mean([linear_cka(one[name], other[name]) for name in names])
+        return np.mean(
+            [
+                linear_cka(*(of[name].T if "down_" in name else of[name] for of in (one, other)))
+                for name in names
+            ]
+        )
     a, b = (np.concatenate([of[name].ravel() for name in names]).astype(np.float64) for of in (one, other))
     return a @ b / np.linalg.norm(a) / np.linalg.norm(b) if measure == "cosine" else -np.linalg.norm(a - b)
 
 
 def linear_cka(a, b):
     """By the Gram matrices of the hidden neurons, the other way to compute it."""
-    a, b = (x if x.shape[0] == 48 else x.T for x in (a.astype(np.float64), b.astype(np.float64)))
+    a, b = (x.astype(np.float64) for x in (a, b))
     a, b = a - a.mean(axis=0), b - b.mean(axis=0)
     gram_a, gram_b = a @ a.T, b @ b.T
     return (gram_a * gram_b).sum() / np.linalg.norm(gram_a) / np.linalg.norm(gram_b)
@@ -169,6 +187,7 @@ def test_experts_are_read_in_slices(measure, dense, tmp_path, monkeypatch):
     settings = ExpandRecipe(similarity=measure)
     whole = expand(experts_of(recording), 4, tmp_path / "whole", settings, 0)
     monkeypatch.setattr(upcycle.upit.similarity, "_SLICE", 5000)
+    monkeypatch.setattr(upcycle.provenance, "_HASH_BLOCK", 5000)
     tracemalloc.start()
     sliced = expand(experts_of(recording), 4, tmp_path / "sliced", settings, 0)
     _, peak = tracemalloc.get_traced_memory()
