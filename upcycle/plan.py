@@ -116,7 +116,8 @@ def make_plan_for(recipe: Recipe) -> UpcyclePlan:
     assignment = method.assign(recipe, model.num_experts)
     layout = Layout(recipe, dense, model, assignment, dtype, shapes, method.expert_bands, len(sources))
     tasks = tuple(_tasks(layout, method))
-    routers = check_routers(recipe.router, model, router_shapes(tasks, len(sources)))
+    shards = recipe.granular.shards if recipe.granular else 1
+    routers = check_routers(recipe.router, model, router_shapes(tasks, len(sources)), shards)
     return UpcyclePlan(recipe, sources, base, dense, model, assignment, config_json, dtype, tasks, routers)
 
 

@@ -46,6 +46,8 @@ def test_without_a_drop_experts_are_reordered_copies(target, dense, run):
         assert not torch.equal(found[:, 0], torch.arange(48))
         assert torch.equal(found[:, 0].sort().values, torch.arange(48))
         assert torch.equal(found[:, :1].expand(-1, 3), found)
+        others = origins(hidden_units(folder, 1), hidden_units(dense("llama")))
+        assert not torch.equal(others, found)
 
 
 def test_exactly_the_ratio_of_each_expert_is_new_and_each_expert_loses_others(dense, run):

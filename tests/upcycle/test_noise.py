@@ -33,6 +33,16 @@ def test_the_noise_has_its_deviation_on_its_share_of_the_weights(share, dense, r
     assert verify(folder).not_equal_because == ("noise of std 0.02 is added to the experts",)
 
 
+def test_layers_get_noise_of_their_own(dense, run):
+    folder = run(method="noise", base=dense("llama"), experts=2, noise={"std": 0.02})
+    noise = [
+        tensors_of(folder)[f"model.layers.{layer}.mlp.experts.down_proj"][0]
+        - tensors_of(dense("llama"))[f"model.layers.{layer}.mlp.down_proj.weight"]
+        for layer in range(2)
+    ]
+    assert (noise[0] - noise[1]).abs().max() > 0.01
+
+
 def test_formats_get_the_same_noise_and_none_is_a_copy(dense, run):
     values = {"method": "noise", "base": dense("llama"), "experts": 3, "noise": {"std": 0.1}}
     ours = tensors_of(run("ours", **values))["model.layers.0.mlp.experts.gate_up_proj"]

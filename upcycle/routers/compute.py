@@ -100,7 +100,7 @@ def _read_texts(plan: "UpcyclePlan") -> "list[Text]":
     from upcycle.routers.texts import read_text
 
     tokenizer = _tokenizer(plan.base)
-    return [
+    texts = [
         read_text(
             text,
             tokenizer,
@@ -109,6 +109,15 @@ def _read_texts(plan: "UpcyclePlan") -> "list[Text]":
         )
         for text in plan.recipe.router.data
     ]
+    first: dict[str, int] = {}
+    for expert, text in enumerate(texts):
+        other = first.setdefault(text.sha256, expert)
+        if other != expert:
+            raise ValueError(
+                f"router.data must have another text for each expert, but that of expert {expert} is that of "
+                f"expert {other} ({text.name}), and their rows would be equal"
+            )
+    return texts
 
 
 def _tokenizer(base: Checkpoint) -> Any:

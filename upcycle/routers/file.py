@@ -31,8 +31,13 @@ def router_shapes(tasks: Iterable[TensorTask], source: int) -> Shapes:
     return shapes
 
 
-def check_routers(recipe: RouterRecipe, model: ModelConfig, shapes: Shapes) -> Checkpoint | None:
+def check_routers(
+    recipe: RouterRecipe, model: ModelConfig, shapes: Shapes, shards: int = 1
+) -> Checkpoint | None:
     """What can be checked before a weight is read; returns the file of weights if the recipe names one.
+
+    Args:
+        shards: neighbouring experts that have one row.
 
     Raises:
         UpcycleError: a file is missing or has other tensors than `shapes`, or more rows than columns are
@@ -41,11 +46,11 @@ def check_routers(recipe: RouterRecipe, model: ModelConfig, shapes: Shapes) -> C
     for text in recipe.data:
         if isinstance(text, str) and not Path(text).expanduser().is_file():
             raise UpcycleError(f"router.data: there is no file {text}")
-    experts = max(model.num_experts, model.num_attention_experts)
-    if recipe.init == "orthogonal" and experts > model.hidden_size:
+    rows = max(model.num_experts // shards, model.num_attention_experts)
+    if recipe.init == "orthogonal" and rows > model.hidden_size:
         raise UpcycleError(
-            f"router.init 'orthogonal' needs at most as many experts as the model is wide "
-            f"({model.hidden_size}), got {experts}"
+            f"router.init 'orthogonal' needs at most as many different rows as the model is wide "
+            f"({model.hidden_size}), got {rows}"
         )
     return open_routers_file(Path(recipe.path).expanduser(), shapes) if recipe.init == "file" else None
 

@@ -50,8 +50,12 @@ def test_orthogonal_rows_are_at_right_angles_and_of_one_length(run, branches):
 
 
 def test_more_experts_than_the_model_is_wide_cannot_be_orthogonal(run, dense):
-    with pytest.raises(UpcycleError, match=r"at most as many experts as the model is wide \(32\), got 33"):
+    with pytest.raises(UpcycleError, match=r"as many different rows as the model is wide \(32\), got 33"):
         run(method="copy", base=dense("llama"), experts=33, router={"init": "orthogonal"})
+    shared_rows = {"method": "granular", "experts": 48, "granular": {"shards": 4}}
+    folder = run(base=dense("llama"), router={"init": "orthogonal"}, **shared_rows)
+    row_ED = tensors_of(folder)["model.layers.0.mlp.router.weight"]
+    assert len(row_ED.unique(dim=0)) == 12
 
 
 # --- from a file ---
@@ -315,9 +319,12 @@ def test_an_unusable_text_is_named(content, message, run, branches, texts, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_texts_that_do_not_differ_are_refused(run, branches, texts):
-    with pytest.raises(UpcycleError, match=r"router\.init 'centroid': the experts' texts must differ"):
-        run(method="btx", sources=branches, router={"init": "centroid", "data": texts[:1] * 3})
+@pytest.mark.parametrize("init", ["centroid", "ridge"])
+def test_texts_that_do_not_differ_are_refused(init, run, branches, texts):
+    message = rf"router\.init '{init}': router\.data must have another text .* expert 2 is that of expert 0"
+    with pytest.raises(UpcycleError, match=message):
+        data = [texts[0], texts[1], texts[0]]
+        run(method="btx", sources=branches, router={"init": init, "data": data})
 
 
 def test_a_base_without_a_tokenizer_is_refused(run, dense, texts):
