@@ -104,13 +104,14 @@ def packed_forward(
     """
     if torch.compiler.is_compiling() or (packed := _PACKED.get(module)) is None:
         return None
-    parameters = tuple(weight for weight in _weights(module)[0] if weight is not None)
+    weights, activation = _weights(module)
+    parameters = tuple(weight for weight in weights if weight is not None)
     inputs = (x_TD, weight_TK, residual_TD, *parameters)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         return None
     if x_TD.dtype != packed.experts.dtype or getattr(module, "expert_lora", None) is not None:
         return None
-    if not packed.is_of(parameters):
+    if activation != packed.experts.activation or not packed.is_of(parameters):
         raise ValueError(
             f"weights of {type(module).__name__} must be those that pack_experts packed, but they have "
             "changed since; call pack_experts again, or unpack_experts"

@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import INTEGERS, check_choice, check_device, check_dims, check_dtype, check_same, check_shape
+from ._checks import (
+    FLOATS,
+    INTEGERS,
+    check_choice,
+    check_device,
+    check_dims,
+    check_dtype,
+    check_same,
+    check_shape,
+)
 from .combine import combine_blocks
 
 # oneDNN's names: kind, scalars, algorithm. relu2 squares what relu leaves.
@@ -110,6 +119,11 @@ class PackedExperts:
             check_device(op, name, tensor, torch.device("cpu"))
         if residual_TD is not None:
             check_shape(op, "residual", residual_TD, x_TD.shape, "(T, D)")
+            check_dtype(op, "residual", residual_TD, FLOATS)
+            check_device(op, "residual", residual_TD, torch.device("cpu"))
+        if expert_TK.shape[1] < 1:
+            shape = tuple(expert_TK.shape)
+            raise ValueError(f"{op}: expert must have at least 1 choice per token, got shape {shape}")
         if x_TD.shape[0] == 1:
             y_ND, row_TK = self._one_token(x_TD, expert_TK)
         else:

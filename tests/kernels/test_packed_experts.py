@@ -107,6 +107,12 @@ def test_weights_that_cannot_be_packed_are_named(arguments, options, message):
         ({"x": torch.zeros(3, 4).double()}, "x must be float32, got float64"),
         ({"expert": torch.zeros(3, 2)}, "expert must be int32 or int64, got float32"),
         ({"weight": torch.zeros(3, 1)}, r"weight must have shape \(T, K\) = \(3, 2\), got \(3, 1\)"),
+        (
+            {"expert": torch.zeros(3, 0).int(), "weight": torch.zeros(3, 0)},
+            r"expert must have at least 1 choice per token, got shape \(3, 0\)",
+        ),
+        ({"residual": torch.zeros(3, 4).int()}, "residual must be bfloat16 .* got int32"),
+        ({"residual": torch.zeros(3, 4, device="meta")}, "residual must be on cpu .* got meta"),
         ({"residual": torch.zeros(3, 1)}, r"residual must have shape \(T, D\) = \(3, 4\), got \(3, 1\)"),
     ],
 )

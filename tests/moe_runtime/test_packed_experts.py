@@ -2,6 +2,7 @@
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -168,6 +169,39 @@ def test_compiled_code_uses_the_parameters(calls):
 def test_what_cannot_be_packed_is_named(model, message):
     with pytest.raises(ValueError, match=message):
         pack_experts(model)
+
+
+def test_an_adapter_that_is_added_later_is_used(calls):
+    layer = make_layer().eval()
+    pack_experts(layer)
+    lora = ExpertLoRA(layer.experts.gate_up_proj, layer.experts.down_proj, r=2, alpha=2)
+    for weight in lora.lora_B.values():
+        nn.init.normal_(weight)
+    layer.experts.expert_lora = lora
+    with torch.no_grad():
+        adapted = output(layer)
+        assert calls == []
+        del layer.experts.expert_lora
+        assert (output(layer) - adapted).abs().max() > 1e-3
+    assert calls == [5]
+
+
+def test_a_write_is_seen_that_the_sample_does_not_show():
+    layer = make_layer().eval()
+    pack_experts(layer)
+    with torch.no_grad():
+        layer.experts.down_proj[0, 1, 1] += 1  # within a tensor whose sample has every row and column
+        layer.experts.down_proj[0, 1, 1] -= 1
+        with pytest.raises(ValueError, match="have changed since"):
+            output(layer)
+
+
+def test_another_activation_is_refused():
+    layer = make_layer().eval()
+    pack_experts(layer)
+    object.__setattr__(layer.experts, "config", replace(layer.experts.config, activation="relu"))
+    with torch.no_grad(), pytest.raises(ValueError, match="have changed since"):
+        output(layer)
 
 
 def test_adapted_experts_and_other_layouts_are_refused():
