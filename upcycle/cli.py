@@ -18,6 +18,7 @@ from upcycle.plan import UpcyclePlan
 from upcycle.recipe import Recipe, recipe_from_dict
 from upcycle.recipe_file import read_yaml
 from upcycle.run import UpcycleResult, upcycle
+from upcycle.targets import eager_experts_note
 from upcycle.tasks import (
     Change,
     Normal,
@@ -54,6 +55,9 @@ def upcycle_command(
     if dry_run:
         _console().print(_plan_table(result.plan))
     typer.echo(_summary(result))
+    note = eager_experts_note(result.plan.recipe.target, result.plan.model, result.plan.dtype)
+    if note is not None:
+        typer.echo(note)
 
 
 def verify_command(

@@ -19,6 +19,7 @@ from upcycle.errors import UpcycleError
 from upcycle.plan import TORCH_DTYPE, UpcyclePlan
 from upcycle.sources import AdapterSource, open_source
 from upcycle.sources.adapter import ADAPTER_CONFIG
+from upcycle.targets import eager_experts_note
 from upcycle.tasks import Scale
 
 RECORD_NAME = "upcycle.json"
@@ -208,7 +209,10 @@ def model_card(plan: UpcyclePlan) -> str:
     del recipe["output"]
     ours = plan.recipe.target == "moe_runtime"
     remote_code = ", trust_remote_code=True" if ours else ""
-    needs = "With the package `moe-runtime` installed:\n\n" if ours else ""
+    eager_note = eager_experts_note(plan.recipe.target, plan.model, plan.dtype)
+    experts = "" if eager_note is None else ', experts_implementation="eager"'
+    needs = f"{eager_note}\n\n" if eager_note else ""
+    needs += "With the package `moe-runtime` installed:\n\n" if ours else ""
     made = {
         "copy": "Every expert starts as a copy of the dense feed-forward (sparse upcycling).",
         "btx": "Feed-forward experts come from one source each (Branch-Train-MiX).",
@@ -239,7 +243,7 @@ It has not been trained since: its routers are {routers}.
 {needs}```python
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{remote_code})
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{remote_code}{experts})
 ```
 
 ## Recipe

@@ -13,9 +13,13 @@ from moe_runtime.config import ModelConfig
 from moe_runtime.families import model_config
 from upcycle.errors import RecipeError
 from upcycle.recipe import Recipe
+from upcycle.tasks import ITEM_SIZE
 
 # Width of the shared expert of zeros that the Qwen2-MoE format demands: a multiple of what kernels tile by.
 EMPTY_SHARED_WIDTH = 64
+
+# What a row of every matrix that PyTorch's grouped_mm reads has to be a multiple of.
+_GROUPED_MM_ROW_BYTES = 16
 
 # Fields that change training or nothing at all, but never the function; a format may lack them.
 _NOT_THE_FUNCTION = (
@@ -63,6 +67,24 @@ def target_config_json(
         return {**_FORMATS[recipe.target](model), **carried, "dtype": dtype}
     nearest = next(target for target in TARGETS if _mismatch(target, model) is None)
     raise RecipeError(f"target {recipe.target!r} cannot hold this model: {reason}; use target {nearest!r}")
+
+
+def eager_experts_note(target: str, model: ModelConfig, dtype: str) -> str | None:
+    """What to say of experts that transformers' default implementation refuses, or None.
+
+    Args:
+        model: the output.
+        dtype: of the weights, as safetensors headers name it.
+    """
+    widths = (model.hidden_size, model.moe_intermediate_size)
+    refused = [width for width in widths if width * ITEM_SIZE[dtype] % _GROUPED_MM_ROW_BYTES]
+    if target == "moe_runtime" or not refused:
+        return None
+    return (
+        f"transformers' default for experts, grouped_mm, refuses rows of {refused[0]} numbers in {dtype}, "
+        f"which are no multiple of {_GROUPED_MM_ROW_BYTES} bytes; load this model with "
+        'experts_implementation="eager".'
+    )
 
 
 def _mismatch(target: str, model: ModelConfig) -> str | None:

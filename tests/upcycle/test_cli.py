@@ -82,6 +82,16 @@ def test_a_dry_run_says_how_pieces_are_changed(values, made_from, dense, tmp_pat
     assert {name: made[name] for name in made_from} == made_from
 
 
+@pytest.mark.parametrize(("target", "said"), [("qwen2_moe", True), ("moe_runtime", False)])
+def test_a_dry_run_says_which_experts_transformers_can_run_only_eagerly(target, said, dense, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    values = {"method": "shared_expert", "base": str(dense("llama")), "experts": 2, "target": target}
+    values |= {"shared_expert": {"expert_width": 7}, "output": str(tmp_path / "out")}
+    path.write_text(yaml.safe_dump({**values, "router": {"gate": "raw"}}))
+    text = invoke("upcycle", path, "--dry-run")
+    assert ('load this model with experts_implementation="eager".' in text) == said
+
+
 def test_json_for_programs(recipe, tmp_path):
     planned = json.loads(invoke("upcycle", recipe, "--dry-run", "--json"))
     written = json.loads(invoke("upcycle", recipe, "--json", "--output", tmp_path / "there"))

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from hashlib import sha256
 
+import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 
 def test_the_record_names_sources_hashes_and_what_was_averaged(dense, run):
@@ -59,6 +62,21 @@ def test_the_model_card_has_what_hubs_read(dense, dense_copy, run):
     assert "trust_remote_code" not in text
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert recipe["experts_per_token"] == 2
+
+
+def test_the_model_card_loads_narrow_experts_as_transformers_can(dense, run):
+    recipe = {"method": "shared_expert", "base": dense("llama"), "experts": 2}
+    recipe |= {"router": {"gate": "raw"}, "target": "qwen2_moe"}
+    narrow, wide = (run(f"w{w}", **recipe, shared_expert={"expert_width": w}) for w in (7, 8))
+    _, text = card_of(narrow)
+    assert "refuses rows of 7 numbers in F32, which are no multiple of 16 bytes; load" in text
+    assert '("path/to/this/folder", experts_implementation="eager")' in text
+    assert "eager" not in card_of(wide)[1]
+    tokens = torch.arange(5)[None]
+    with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+        AutoModelForCausalLM.from_pretrained(narrow)(tokens)
+    for folder, chosen in ((narrow, {"experts_implementation": "eager"}), (wide, {})):
+        assert AutoModelForCausalLM.from_pretrained(folder, **chosen)(tokens).logits.isfinite().all()
 
 
 def test_a_sequential_bam_says_that_it_is_not_the_papers_block(dense, run):
