@@ -25,6 +25,9 @@ NumNorms = Literal[1, 2]
 LayerType = Literal["full_attention", "sliding_attention"]
 ExpertsBackend = Literal["moe_runtime", "megablocks"]
 
+# Far above any model: a damaged or hostile file ends in a sentence, not in years of listing layers.
+MOST_LAYERS = 10_000
+
 
 def _check_choice(name: str, value: object, choices: object) -> None:
     allowed = get_args(choices)
@@ -355,7 +358,7 @@ class ModelConfig:
                     raise ValueError(
                         f"{name} must name layers between 0 and {self.num_hidden_layers - 1}, got {layer}"
                     )
-        self._check_layer_types()
+        self._check_layers()
         self._check_rotated_width()
         A = self.num_attention_experts
         if self.num_attention_heads % A:
@@ -371,7 +374,9 @@ class ModelConfig:
         for layer in range(self.num_hidden_layers):
             self.block_config(layer)  # every layer's own checks, at the time the model is described
 
-    def _check_layer_types(self) -> None:
+    def _check_layers(self) -> None:
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers must be at most {MOST_LAYERS}, got {self.num_hidden_layers}")
         if self.layer_types is None:
             return
         if len(self.layer_types) != self.num_hidden_layers:

@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from moe_runtime import family_keys as of
-from moe_runtime.config import ModelConfig
+from moe_runtime.config import MOST_LAYERS, ModelConfig
 from moe_runtime.family_keys import required
 
 _COMMON_DEFAULTS: dict[str, Any] = {
@@ -398,7 +398,7 @@ def model_config(config_json: Mapping[str, Any]) -> ModelConfig:
 def check_family(family: object, allowed: Sequence[str]) -> None:
     """Raise ValueError unless it is one of the allowed model types."""
     if family not in allowed:
-        why = f"; {_NOT_SUPPORTED[family]}" if family in _NOT_SUPPORTED else ""
+        why = f"; {_NOT_SUPPORTED[family]}" if isinstance(family, str) and family in _NOT_SUPPORTED else ""
         raise ValueError(f"model_type must be one of {', '.join(allowed)}, got {family!r}{why}")
 
 
@@ -425,6 +425,8 @@ def _check_kinds(keys: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name} must be {wanted}, got {value!r}")
             if name in _ABOVE_ZERO and isinstance(value, (int, float)) and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value!r}")
+    if keys.get("num_hidden_layers", 0) > MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers must be at most {MOST_LAYERS}, got {keys['num_hidden_layers']}")
 
 
 def _activation(name: str) -> str:

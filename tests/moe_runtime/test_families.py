@@ -334,6 +334,15 @@ ERRORS = [
         {"model_type": "gpt2"}, r"model_type must be one of llama, .*moe_runtime, got 'gpt2'", id="family"
     ),
     pytest.param({}, "model_type must be one of .*, got None", id="no-family"),
+    pytest.param({"model_type": ["llama"]}, r"model_type must be .*, got \['llama'\]", id="list-of-families"),
+    *(
+        pytest.param(
+            {**TINY, "head_dim": 8, "model_type": family, "num_hidden_layers": 10**9},
+            "num_hidden_layers must be at most 10000, got 1000000000",
+            id=f"layers-{family}",
+        )
+        for family in ("gemma2", "moe_runtime")
+    ),
     pytest.param(
         {"model_type": "llama"}, "num_attention_heads is missing from the config.json of a llama", id="size"
     ),
