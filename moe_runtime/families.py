@@ -155,6 +155,9 @@ _ABOVE_ZERO = (
     "query_pre_attn_scalar",
 )
 
+# Rotary types that transformers can initialise.
+_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+
 # Rotary types whose scaling refers to the length the model was first trained on.
 _LENGTH_SCALED_ROPE = ("llama3", "yarn", "longrope")
 
@@ -463,6 +466,8 @@ def _rope_parameters(keys: Mapping[str, Any], rotates_a_part: bool) -> dict[str,
     rope.setdefault("rope_theta", keys["rope_theta"])
     if keys["model_type"] == "phi3" and rope["rope_type"] in ("su", "yarn"):  # its earlier names for it
         rope["rope_type"] = "longrope"
+    if rope["rope_type"] not in _ROPE_TYPES:
+        raise ValueError(f"rope_type must be one of {', '.join(_ROPE_TYPES)}, got {rope['rope_type']!r}")
     part = rope.pop("partial_rotary_factor", keys.get("partial_rotary_factor", 1.0))
     _check_kinds({"rope_theta": rope["rope_theta"], "partial_rotary_factor": part})
     if rotates_a_part and part != 1.0:

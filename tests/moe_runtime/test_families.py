@@ -258,6 +258,14 @@ def test_gptj_knows_its_sizes_by_either_name():
     assert model_config({**shared, **sizes}).max_position_embeddings == 99
 
 
+def test_rotary_types_are_those_of_transformers():
+    known = {"default", *transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS}
+    for kind in known:
+        rope = {"rope_type": kind, "rope_theta": 100.0, "original_max_position_embeddings": 64}
+        config = model_config({**TINY, "model_type": "llama", "rope_parameters": rope})
+        assert config.rope_parameters["rope_type"] == kind
+
+
 # --- facts of one family that the class's attributes do not show ---
 
 
@@ -419,6 +427,14 @@ ERRORS += [
             id=f"rotated-part-{part}",
         )
         for part in (-1.0, 0.0, 0.4, 1.5)
+    ),
+    *(
+        pytest.param(
+            {**TINY, "model_type": "llama", "rope_scaling": {"type": kind, "factor": 2.0}},
+            f"rope_type must be one of default, .*, got {re.escape(repr(kind))}",
+            id=f"rope-type-{kind}",
+        )
+        for kind in ("spiral", ["linear"])
     ),
     pytest.param({**TINY, "model_type": "gemma3"}, "got 'gemma3'; it reads images too", id="gemma3-images"),
 ]
