@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -180,6 +181,21 @@ def write_side_files(
         copy_side_files(plan.base.folder, folder)
     else:
         _write_gguf_tokenizer(plan.base.location, folder)
+
+
+def check_tokenizer(base: Checkpoint) -> None:
+    """Refuse a GGUF file whose tokenizer `write_side_files` could not write, before anything is."""
+    if base.file is None:
+        return
+    with TemporaryDirectory(prefix="upcycle-") as folder:
+        try:
+            _write_gguf_tokenizer(base.location, Path(folder))
+        # whatever transformers raises for a kind that it does not know
+        except Exception as error:
+            why = str(error).partition("\n")[0]
+            raise UpcycleError(
+                f"{base.location}: the tokenizer in it cannot be read: {why}; use the model as safetensors"
+            ) from error
 
 
 def _write_gguf_tokenizer(path: Path, folder: Path) -> None:

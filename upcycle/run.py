@@ -33,7 +33,7 @@ from upcycle.checkpoint import INDEX_NAME, Reader, Shard, expanded, index_json, 
 from upcycle.errors import UpcycleError
 from upcycle.estimate import Estimate, estimate
 from upcycle.plan import UpcyclePlan, make_plan_for
-from upcycle.provenance import hash_file, record, write_json, write_side_files, write_text
+from upcycle.provenance import check_tokenizer, hash_file, record, write_json, write_side_files, write_text
 from upcycle.recipe import Recipe, load_recipe, parse_size
 from upcycle.routers.compute import RouterWeights, open_routers
 from upcycle.stream import are_equal, chunks
@@ -104,6 +104,7 @@ def upcycle(recipe: Recipe | str | Path, *, dry_run: bool = False) -> UpcycleRes
     output = expanded(recipe.output)
     _check_free(output)
     plan = make_plan_for(recipe)
+    check_tokenizer(plan.base)
     shards = make_shards(plan.tasks, parse_size(recipe.max_shard_size))
     if dry_run:
         cost = estimate(plan, _existing_parent(output))

@@ -34,6 +34,28 @@ _CONFIG_KEYS = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "max_position_embeddings": "context_length",
 }
+# Further keys that are read, or that change nothing in a model that _REFUSED lets pass.
+_KNOWN_KEYS = (
+    *_CONFIG_KEYS.values(),
+    "attention.key_length",
+    "attention.value_length",
+    "expert_used_count",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "tensor_data_layout",
+    "vocab_size",
+)
+# Key -> the values of a plain dense model, and what any other one is.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "rope.scaling.type": (("none",), "scales its rotary positions ({}), which is not read"),
+    "rope.scaling.factor": ((0, 1), "scales its rotary positions (by {}), which is not read"),
+    "rope.scale_linear": ((0, 1), "scales its rotary positions (by {}), which is not read"),
+    "expert_count": ((0,), "is a mixture of {} experts"),
+    "attention.sliding_window": ((0,), "has a sliding window, which is not read"),
+    "attention.causal": ((True,), "is no causal model"),
+}
 _TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 _OUTER_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -131,8 +153,9 @@ def _config_json(path: Path, values: Mapping[str, Any], tensors: Any) -> dict[st
         )
     if values.get("split.count", 1) not in (0, 1):
         raise UpcycleError(f"{path} is one part of several; join them with llama-gguf-split --merge first")
-    family = {name.removeprefix(f"{architecture}."): value for name, value in values.items()}
-    _refuse_more(path, family)
+    prefix = f"{architecture}."
+    family = {name.removeprefix(prefix): values[name] for name in values if name.startswith(prefix)}
+    _refuse_more(path, prefix, family)
     missing = [key for key in _CONFIG_KEYS.values() if not isinstance(family.get(key), int | float)]
     if missing:
         raise UpcycleError(f"{path} does not say {architecture}.{missing[0]} as one number; {_OTHER}")
@@ -142,10 +165,13 @@ def _config_json(path: Path, values: Mapping[str, Any], tensors: Any) -> dict[st
     hidden, heads = family["embedding_length"], family["attention.head_count"]
     if heads < 1 or family["attention.head_count_kv"] < 1:
         raise UpcycleError(f"{path}: {architecture}.attention.head_count must be at least 1, got {heads}")
+    head_dim = family.get("attention.key_length", family.get("rope.dimension_count", hidden // heads))
+    if family.get("rope.dimension_count", head_dim) != head_dim:
+        raise UpcycleError(f"{path} rotates a part of each head, which is not read; {_OTHER}")
     return {
         "model_type": _FAMILIES[architecture],
         **{name: family[key] for name, key in _CONFIG_KEYS.items()},
-        "head_dim": family.get("attention.key_length", family.get("rope.dimension_count", hidden // heads)),
+        "head_dim": head_dim,
         "rope_theta": family.get("rope.freq_base", 10000.0),
         "vocab_size": int(names["token_embd.weight"].shape[-1]),
         "hidden_act": "silu",
@@ -158,15 +184,15 @@ def _config_json(path: Path, values: Mapping[str, Any], tensors: Any) -> dict[st
     }
 
 
-def _refuse_more(path: Path, family: Mapping[str, Any]) -> None:
+def _refuse_more(path: Path, prefix: str, family: Mapping[str, Any]) -> None:
     """What the description may say beyond the plain dense model of its family."""
-    scaling = family.get("rope.scaling.type", "none")
-    if scaling != "none":
-        raise UpcycleError(f"{path} scales its rotary positions ({scaling}), which is not read; {_OTHER}")
-    if family.get("expert_count", 0):
-        raise UpcycleError(f"{path} is a mixture of {family['expert_count']} experts; {_OTHER}")
-    if family.get("attention.sliding_window"):
-        raise UpcycleError(f"{path} has a sliding window, which is not read; {_OTHER}")
+    for key, value in family.items():
+        if key in _REFUSED:
+            allowed, why = _REFUSED[key]
+            if value not in allowed:
+                raise UpcycleError(f"{path} {why.format(value)}; {_OTHER}")
+        elif key not in _KNOWN_KEYS:
+            raise UpcycleError(f"{path} says {prefix}{key}, which is not read; {_OTHER}")
 
 
 def _name(path: Path, name: str) -> str:

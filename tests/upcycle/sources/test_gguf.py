@@ -166,6 +166,27 @@ REFUSED = [
     pytest.param(lambda writer: writer.add_expert_count(8), "is a mixture of 8 experts", id="experts"),
     pytest.param(lambda writer: writer.add_sliding_window(64), "has a sliding window, which", id="window"),
     pytest.param(
+        lambda writer: writer.add_float32("llama.rope.scaling.factor", 4.0),
+        r"scales its rotary positions \(by 4.0\), which is not read",
+        id="rope-factor",
+    ),
+    pytest.param(
+        lambda writer: writer.add_float32("llama.rope.scale_linear", 2.0),
+        r"scales its rotary positions \(by 2.0\), which is not read",
+        id="rope-linear",
+    ),
+    pytest.param(
+        lambda writer: writer.add_rope_dimension_count(4),
+        "rotates a part of each head, which",
+        id="rope-part",
+    ),
+    pytest.param(lambda writer: writer.add_causal_attention(False), "is no causal model; use", id="causal"),
+    pytest.param(
+        lambda writer: writer.add_float32("llama.attention.clamp_kqv", 8.0),
+        "says llama.attention.clamp_kqv, which is not read; use the model as safetensors",
+        id="unknown",
+    ),
+    pytest.param(
         lambda writer: writer.add_uint16("split.count", 3), "is one part of several; join", id="split"
     ),
 ]
@@ -176,6 +197,41 @@ def test_what_a_plain_model_has_not_is_refused(change, message, dense, tmp_path)
     path = save_gguf(dense_of(dense, "llama"), tmp_path / "model.gguf", change=change)
     with pytest.raises(UpcycleError, match=message):
         open_source(path)
+
+
+def test_what_describes_a_plain_model_is_read(dense, tmp_path):
+    def change(writer):
+        writer.add_rope_dimension_count(8)
+        writer.add_rope_scaling_factor(1.0)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+        writer.add_rope_scaling_finetuned(False)
+        writer.add_vocab_size(VOCAB_SIZE)
+        writer.add_expert_count(0)
+        writer.add_causal_attention(True)
+
+    plain, described = (
+        open_source(save_gguf(dense_of(dense, "llama"), tmp_path / name, change=how)).config_json
+        for name, how in (("plain.gguf", lambda writer: None), ("described.gguf", change))
+    )
+    assert plain == described
+    assert plain["head_dim"] == 8
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_tokenizer_that_cannot_be_read_is_named_before_weights_are_written(
+    dry_run, dense, tmp_path, monkeypatch
+):
+    path = save_gguf(dense_of(dense, "llama"), tmp_path / "model.gguf")
+    data = path.read_bytes()
+    assert data.count(b"gpt2") == 1
+    path.write_bytes(data.replace(b"gpt2", b"none"))
+    run = sys.modules["upcycle.run"]
+    monkeypatch.setattr(run, "write_shard", lambda *_: pytest.fail("a weight was written"))
+    values = {"method": "copy", "base": str(path), "experts": 2, "output": str(tmp_path / "out")}
+    message = r"model\.gguf: the tokenizer in it cannot be read: .*; use the model as safetensors"
+    with pytest.raises(UpcycleError, match=message):
+        upcycle.upcycle(upcycle.recipe_from_dict(values), dry_run=dry_run)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.gguf"]
 
 
 def test_other_families_and_damaged_files_are_named(dense, tmp_path, monkeypatch):
