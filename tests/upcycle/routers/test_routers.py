@@ -322,8 +322,8 @@ def test_an_unusable_text_is_named(content, message, run, branches, texts, tmp_p
 @pytest.mark.parametrize("init", ["centroid", "ridge"])
 def test_texts_that_do_not_differ_are_refused(init, run, branches, texts):
     message = rf"router\.init '{init}': router\.data must have another text .* expert 2 is that of expert 0"
+    data = [texts[0], texts[1], texts[0]]
     with pytest.raises(UpcycleError, match=message):
-        data = [texts[0], texts[1], texts[0]]
         run(method="btx", sources=branches, router={"init": init, "data": data})
 
 
