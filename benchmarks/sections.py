@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks import upcycling
 from benchmarks.ablation.section import ablation_rows, explained
+from benchmarks.ablation.summary import conclude, summarise
 from benchmarks.bars import BARS, MODEL
 
 NOTES = Path(__file__).resolve().parent / "notes"  # <suite>.md: what a reader must know beside the numbers
@@ -102,7 +103,7 @@ def _demo_section(report: dict[str, Any], path: Path, root: Path) -> list[str]:
 
 
 def _ablation_section(content: dict[str, Any], path: Path, root: Path) -> list[str]:
-    sentences = "\n".join(f"- {sentence}" for sentence in content["conclusions"])
+    sentences = "\n".join(f"- {sentence}" for sentence in conclude(summarise(content)))
     return [
         "## Upcycling methods on a small model",
         explained(content),

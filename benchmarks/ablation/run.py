@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.ablation import methods
 from benchmarks.ablation.methods import Spent, Workplace
 from benchmarks.ablation.settings import TINY, AblationSettings
-from benchmarks.ablation.summary import METHODS, conclude, summarise
+from benchmarks.ablation.summary import METHODS, conclude, raw_values, summarise
 
 HERE = Path(__file__).resolve().parent
 # at the FLOPs of which methods the dense model is trained too
@@ -167,14 +167,13 @@ def main(arguments: argparse.Namespace) -> int:
         "machine": machine,
         "settings": asdict(settings),
         "seconds": sum(result.seconds for result in results.values()),
-        **summarise(values, settings),
+        **raw_values(values, settings.seeds),
     }
-    content["conclusions"] = conclude(content)
     name = f"{datetime.now(UTC):%Y-%m-%d}_{(machine['commit'] or 'nocommit')[:7]}_ablation.json"
     path = arguments.output / device_folder(machine) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    for sentence in content["conclusions"]:
+    for sentence in conclude(summarise(content)):
         print(f"- {sentence}")
     print(f"wrote {path}")
     return 0

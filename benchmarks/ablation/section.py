@@ -4,7 +4,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.ablation.summary import METHODS
+from benchmarks.ablation.summary import METHODS, summarise
 from moe_runtime.html import plain_axes, svg
 
 SHOWS = (
@@ -27,7 +27,7 @@ def ablation_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             f"{row['loss']['mean']:.4f} ± {row['loss']['std']:.4f}",
             *(f"{row['perplexity'][d]['mean']:.2f} ± {row['perplexity'][d]['std']:.2f}" for d in domains),
         ]
-        for row in content["rows"]
+        for row in summarise(content)["rows"]
     ]
     return head, rows
 
@@ -52,10 +52,11 @@ def explained(content: dict[str, Any]) -> str:
 def draw_ablation(content: dict[str, Any]) -> str:
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     axes = figure.subplots()
-    names = list(content["against_dense"])
+    against = summarise(content)["against_dense"]
+    names = list(against)
     for place, name in enumerate(names):
         for kind, filled in (("tokens", True), ("flops", False)):
-            difference = content["against_dense"][name].get(kind)
+            difference = against[name].get(kind)
             if difference is not None:
                 axes.errorbar(
                     difference["mean"],
