@@ -71,12 +71,11 @@ def main() -> int:
     )
     timing.set_defaults(call=run)
     from benchmarks import aot, compare, tune, upcycling
+    from benchmarks.ablation import command as ablation
 
     compiling = commands.add_parser("aot", help="compile every kernel without a GPU and check the result")
     aot.add_arguments(compiling)
     compiling.set_defaults(call=aot.main)
-    from benchmarks.ablation import run as ablation
-
     ablating = commands.add_parser("ablation", help="compare upcycling methods on a small model trained here")
     ablation.add_arguments(ablating)
     tuning = commands.add_parser("tune", help="measure launches on a GPU and write the table of the fastest")

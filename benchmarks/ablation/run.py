@@ -1,6 +1,5 @@
 """The ablation's stages and its result file."""
 
-import argparse
 import json
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -16,7 +15,6 @@ from benchmarks.ablation.methods import Spent, Workplace
 from benchmarks.ablation.settings import TINY, AblationSettings
 from benchmarks.ablation.summary import METHODS, conclude, raw_values, summarise
 
-HERE = Path(__file__).resolve().parent
 # at the FLOPs of which methods the dense model is trained too
 MATCHED = ("copy", "btx", "bam", "upit-routed-expanded")
 
@@ -140,16 +138,7 @@ def _as_values(spent: Spent) -> dict[str, Any]:
     return {"tokens": spent.tokens, "flops": spent.flops, **spent.more}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--folder", type=Path, default=Path("runs/ablation"), help="of models and stages")
-    parser.add_argument(
-        "--output", type=Path, default=HERE.parent / "results", help="folder of the result files"
-    )
-    parser.add_argument("--tiny", action="store_true", help="a run of seconds, to show that it works")
-    parser.set_defaults(call=main)
-
-
-def main(arguments: argparse.Namespace) -> int:
+def run(folder: Path, output: Path, *, tiny: bool) -> None:
     """Run what is not done yet and write the result file."""
     from rich.console import Console
 
@@ -157,9 +146,9 @@ def main(arguments: argparse.Namespace) -> int:
     from moe_runtime.machine import describe_machine, device_folder
     from moe_runtime.progress import StageProgress
 
-    settings = TINY if arguments.tiny else AblationSettings()
-    stages = make_stages(settings, arguments.folder)
-    results = run_stages(stages, arguments.folder, StageProgress(Console(stderr=True)))
+    settings = TINY if tiny else AblationSettings()
+    stages = make_stages(settings, folder)
+    results = run_stages(stages, folder, StageProgress(Console(stderr=True)))
     machine = describe_machine()
     values = {name: result.values for name, result in results.items()}
     content = {
@@ -170,10 +159,9 @@ def main(arguments: argparse.Namespace) -> int:
         **raw_values(values, settings.seeds),
     }
     name = f"{datetime.now(UTC):%Y-%m-%d}_{(machine['commit'] or 'nocommit')[:7]}_ablation.json"
-    path = arguments.output / device_folder(machine) / name
+    path = output / device_folder(machine) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for sentence in conclude(summarise(content)):
         print(f"- {sentence}")
     print(f"wrote {path}")
-    return 0
