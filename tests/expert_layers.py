@@ -29,18 +29,26 @@ def gemm_by_hand(plan, x, weight, bias=None):
     return y
 
 
-def dense_experts(expert_TK, activation, x, gate_up, down, weight, **optional):
-    """Every token through every expert, an ordinary FFN; each token sums the K outputs it chose, weighted."""
+def dense_experts(expert_TK, activation, x, gate_up, down, weight, *, adapted=None, **optional):
+    """Every token through every expert, an ordinary FFN; each token sums the K outputs it chose, weighted.
+
+    `adapted(product, rows, name, expert)` may add to a product of the weights `name`.
+    """
     F, dtype = down.shape[2], x.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    gate_up_bias, down_bias = optional.get("gate_up_bias"), optional.get("down_bias")
     residual = optional.get("residual")
+
+    def product(rows, name, matrix, e):
+        bias = optional.get(f"{name}_bias")
+        y = functional.linear(rows, matrix, None if bias is None else bias[e])
+        return adapted(y, rows, name, e) if adapted else y
+
     total = torch.zeros_like(x, dtype=wide)
     for e, (up_matrix, down_matrix) in enumerate(zip(gate_up.unbind(0), down.unbind(0), strict=True)):
-        h = functional.linear(x, up_matrix, None if gate_up_bias is None else gate_up_bias[e]).to(wide)
+        h = product(x, "gate_up", up_matrix, e).to(wide)
         gate = ACTIVATIONS[activation](h[:, :F])
         a = (gate if h.shape[1] == F else gate * h[:, F:]).to(dtype)
-        y = functional.linear(a, down_matrix, None if down_bias is None else down_bias[e])
+        y = product(a, "down", down_matrix, e)
         total = total + (weight.to(wide) * (expert_TK == e)).sum(1, keepdim=True) * y.to(wide)
     return total.to(dtype) if residual is None else (total + residual.to(wide)).to(residual.dtype)
 
