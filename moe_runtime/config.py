@@ -6,10 +6,11 @@ derives the nested configs that layers are built from. `moe_runtime.hf.configura
 `PreTrainedConfig`.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from moe_runtime.config_checks import check_above_zero, check_choice, check_positive
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 Score = Literal["softmax", "sigmoid"]
@@ -27,26 +28,6 @@ ExpertsBackend = Literal["moe_runtime", "megablocks"]
 
 # Far above any model: a damaged or hostile file ends in a sentence, not in years of listing layers.
 MOST_LAYERS = 10_000
-
-
-def _check_choice(name: str, value: object, choices: object) -> None:
-    allowed = get_args(choices)
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def _check_positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
-def _check_above_zero(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not 0.0 < value < math.inf:
-            raise ValueError(f"{name} must be a number above 0, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +55,11 @@ class RouterConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_positive(self, "hidden_size", "num_experts", "experts_per_token", "num_groups", "groups_kept")
-        _check_choice("score", self.score, Score)
-        _check_choice("gate", self.gate, Gate)
-        _check_choice("group_score", self.group_score, GroupScore)
-        _check_choice("balance_over", self.balance_over, BalanceOver)
+        check_positive(self, "hidden_size", "num_experts", "experts_per_token", "num_groups", "groups_kept")
+        check_choice("score", self.score, Score)
+        check_choice("gate", self.gate, Gate)
+        check_choice("group_score", self.group_score, GroupScore)
+        check_choice("balance_over", self.balance_over, BalanceOver)
         if self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"experts_per_token must be between 1 and num_experts ({self.num_experts}), "
@@ -121,8 +102,8 @@ class FeedForwardConfig:
     experts_backend: ExpertsBackend = "moe_runtime"  # whose grouped products; megablocks has to be installed
 
     def __post_init__(self) -> None:
-        _check_positive(self, "hidden_size", "intermediate_size")
-        _check_choice("activation", self.activation, Activation)
+        check_positive(self, "hidden_size", "intermediate_size")
+        check_choice("activation", self.activation, Activation)
         if not 0.0 <= self.expert_dropout < 1.0:
             raise ValueError(f"expert_dropout must be in [0, 1), got {self.expert_dropout}")
         if self.recompute_experts and self.expert_dropout > 0:
@@ -130,7 +111,7 @@ class FeedForwardConfig:
                 "recompute_experts must be False with expert_dropout, whose mask falls on what would be "
                 f"recomputed, got expert_dropout={self.expert_dropout}"
             )
-        _check_choice("experts_backend", self.experts_backend, ExpertsBackend)
+        check_choice("experts_backend", self.experts_backend, ExpertsBackend)
         if self.experts_backend == "megablocks":
             for name in ("bias", "recompute_experts"):
                 if getattr(self, name):
@@ -174,13 +155,13 @@ class AttentionConfig:
     logit_cap: float | None = None  # scores become cap · tanh(score / cap) (Gemma 2)
 
     def __post_init__(self) -> None:
-        _check_positive(self, "hidden_size", "num_heads", "num_kv_heads", "head_dim", "num_experts")
-        _check_choice("kv", self.kv, KeyValue)
-        _check_above_zero(self, "scale", "logit_cap")
+        check_positive(self, "hidden_size", "num_heads", "num_kv_heads", "head_dim", "num_experts")
+        check_choice("kv", self.kv, KeyValue)
+        check_above_zero(self, "scale", "logit_cap")
         if self.qk_norm is not None:
-            _check_choice("qk_norm", self.qk_norm, QKNorm)
+            check_choice("qk_norm", self.qk_norm, QKNorm)
         if self.sliding_window is not None:
-            _check_positive(self, "sliding_window")
+            check_positive(self, "sliding_window")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads must divide num_heads ({self.num_heads}), got {self.num_kv_heads}"
@@ -232,11 +213,11 @@ class BlockConfig:
     residual_multiplier: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_choice("kind", self.kind, BlockKind)
-        _check_choice("norm_placement", self.norm_placement, NormPlacement)
-        _check_above_zero(self, "residual_multiplier")
-        _check_choice("norm", self.norm, Norm)
-        _check_choice("num_norms", self.num_norms, NumNorms)
+        check_choice("kind", self.kind, BlockKind)
+        check_choice("norm_placement", self.norm_placement, NormPlacement)
+        check_above_zero(self, "residual_multiplier")
+        check_choice("norm", self.norm, Norm)
+        check_choice("num_norms", self.num_norms, NumNorms)
         if self.kind == "sequential" and self.num_norms != 2:
             raise ValueError(f"num_norms must be 2 in a sequential block, got {self.num_norms}")
         if self.norm != "layer_norm" and self.norm_bias:
@@ -343,11 +324,11 @@ class ModelConfig:
     final_logit_softcapping: float | None = field(default=None, metadata=_LEFT_OUT)
 
     def __post_init__(self) -> None:
-        _check_positive(self, "vocab_size", "num_hidden_layers", "num_attention_experts")
-        _check_above_zero(self, "attention_multiplier", "attn_logit_softcapping", "embedding_multiplier")
-        _check_above_zero(self, "final_logit_softcapping")
+        check_positive(self, "vocab_size", "num_hidden_layers", "num_attention_experts")
+        check_above_zero(self, "attention_multiplier", "attn_logit_softcapping", "embedding_multiplier")
+        check_above_zero(self, "final_logit_softcapping")
         if self.num_experts != 0:  # here, because layers know these fields by other names
-            _check_positive(self, "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+            check_positive(self, "num_experts", "num_experts_per_tok", "moe_intermediate_size")
         for name in ("moe_layers", "attention_mixture_layers", "rope_layers", "layer_types"):
             value = getattr(self, name)
             if value is not None:
@@ -385,7 +366,7 @@ class ModelConfig:
                 f"{len(self.layer_types)}"
             )
         for kind in self.layer_types:
-            _check_choice("layer_types", kind, LayerType)
+            check_choice("layer_types", kind, LayerType)
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError(
                 "sliding_window must be a number where layer_types has 'sliding_attention', got None"

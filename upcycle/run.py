@@ -41,7 +41,7 @@ from upcycle.stream import are_equal, chunks
 try:
     import fcntl
 except ImportError:  # Windows: two runs into one output at once are then not noticed
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module elsewhere; every use asks for None first
 
 # Room for everything that is no weight: configuration, tokenizer, card.
 _SIDE_FILES_BYTES = 100 * 10**6

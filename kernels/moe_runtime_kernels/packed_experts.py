@@ -49,6 +49,8 @@ def can_pack(dtype: torch.dtype) -> bool:
 class PackedExperts:
     """E feed-forward networks in oneDNN's layout: a second copy of their weights, without gradients.
 
+    For the CPU alone, which is checked: ids and counts are read on the host.
+
     Args:
         gate_up_EGD: gate rows above up rows, G = 2F; or without a gate, G = F.
         down_EDF: float32, or bfloat16 where the processor has products of it (AVX-512), on the CPU.
