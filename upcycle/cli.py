@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moe_runtime.recipe_file import read_yaml
 from upcycle.errors import RecipeError
 from upcycle.mergekit import is_mergekit, translate
 from upcycle.plan import UpcyclePlan
 from upcycle.recipe import Recipe, recipe_from_dict
-from upcycle.recipe_file import read_yaml
 from upcycle.run import UpcycleResult, upcycle
 from upcycle.targets import eager_experts_note
 from upcycle.tasks import (

@@ -1,9 +1,6 @@
-"""What a user of this package can get wrong. The message is one sentence; commands exit with code 2."""
+"""What a user of this package can get wrong, under the name its functions raise."""
 
+from moe_runtime.errors import RecipeError
+from moe_runtime.errors import RunError as UpcycleError
 
-class UpcycleError(ValueError):
-    """A recipe, a checkpoint or the machine does not allow the run; nothing was left behind."""
-
-
-class RecipeError(UpcycleError):
-    """The recipe itself is wrong."""
+__all__ = ["RecipeError", "UpcycleError"]

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from moe_runtime.recipe_checks import check_choice, check_not_negative, check_share, check_type, check_whole
 from upcycle.errors import RecipeError
-from upcycle.recipe_checks import check_choice, check_not_negative, check_share, check_type, check_whole
 
 ScaleMode = Literal["exact", "cuberoot", "none"]
 NoiseOn = Literal["selection_bias", "weights"]

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from moe_runtime.config import BlockKind, Gate, KeyValue, Score
+from moe_runtime.recipe_checks import MAX_EXPERTS, check_choice, check_finite, check_type
+from moe_runtime.recipe_file import build, read_yaml
 from upcycle.errors import RecipeError
 from upcycle.method_sections import (
     SECTIONS,
@@ -17,8 +19,6 @@ from upcycle.method_sections import (
     ReplicateRecipe,
     SharedExpertRecipe,
 )
-from upcycle.recipe_checks import MAX_EXPERTS, check_choice, check_finite, check_type
-from upcycle.recipe_file import build, read_yaml
 from upcycle.sources import AdapterSource
 
 Method = Literal["copy", "btx", "bam", "noise", "drop", "granular", "shared_expert", "replicate", "upit"]

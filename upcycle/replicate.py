@@ -13,11 +13,11 @@ from dataclasses import replace
 from itertools import chain
 
 from moe_runtime.config import ModelConfig
+from moe_runtime.recipe_checks import MAX_EXPERTS
 from upcycle import names
 from upcycle.errors import RecipeError
 from upcycle.layout import Layout, expert_label, expert_tasks, feed_forward_name, whole
 from upcycle.recipe import Recipe
-from upcycle.recipe_checks import MAX_EXPERTS
 from upcycle.tasks import Band, Piece, TensorTask, Uniform, UniformNoise
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from moe_runtime.config import Gate
+from moe_runtime.recipe_checks import check_choice, check_not_negative, check_share, check_type, check_whole
+from moe_runtime.recipe_file import build, read_yaml
 from upcycle.errors import RecipeError
 from upcycle.recipe import Dtype, NonExpert, Recipe, RouterRecipe, TargetName
-from upcycle.recipe_checks import check_choice, check_not_negative, check_share, check_type, check_whole
-from upcycle.recipe_file import build, read_yaml
 from upcycle.upit.record import RecordDtype
 from upcycle.upit.similarity import Similarity
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import yaml
 
-from upcycle.errors import RecipeError
+from moe_runtime.errors import RecipeError
 
 _MOST_VALUES = 10_000
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from upcycle.errors import RecipeError
+from moe_runtime.errors import RecipeError
 
 # Of one layer: as many as routing plans hold.
 MAX_EXPERTS = 1024
