@@ -19,6 +19,7 @@ setup(
         "moe_runtime",
         "moe_runtime.hf",
         "moe_runtime.demo",
+        "moe_runtime.distributed",
         "moe_runtime.profile",
         "moe_runtime.stats",
         "upcycle",
