@@ -22,6 +22,7 @@ setup(
         "moe_runtime.distributed",
         "moe_runtime.profile",
         "moe_runtime.stats",
+        "moe_runtime.train",
         "upcycle",
         "upcycle.sources",
         "upcycle.routers",

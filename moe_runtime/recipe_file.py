@@ -62,7 +62,7 @@ def build(kind: type, values: Mapping[str, Any], where: str) -> Any:
     """
     try:
         return _build(kind, values, "")
-    except RecipeError as error:
+    except ValueError as error:  # sections of other packages raise plain ones
         raise RecipeError(f"{where}: {error}") from None
 
 
