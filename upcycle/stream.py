@@ -181,27 +181,30 @@ def _stored_rows(
     count: int,
     read: dict[tuple[int, str, int, Shuffled | None], NDArray],
 ) -> list[NDArray]:
-    """Whole rows of each source, as they are stored."""
+    """Whole rows of each source, as they are stored, unchecked."""
     keys = [(source, piece.tensor, piece.first_row, piece.row_order) for source in piece.sources]
     for key in keys:
         if key not in read:
-            read[key] = _checked_rows(piece, readers[key[0]], first, count)
+            read[key] = _rows(piece, readers[key[0]], first, count)
     return [read[key] for key in keys]
 
 
-def _checked_rows(piece: Piece, reader: Reader, first: int, count: int) -> NDArray:
+def _rows(piece: Piece, reader: Reader, first: int, count: int) -> NDArray:
     if piece.row_order is None:
-        rows = reader.rows(piece.tensor, piece.width, piece.first_row + first, count)
-    else:
-        wanted = piece.first_row + numbers(piece.row_order)[first : first + count]
-        rows = np.concatenate([reader.rows(piece.tensor, piece.width, int(row), 1) for row in wanted])
-    tensor = reader.checkpoint.tensors[piece.tensor]
-    if not all_finite(rows, tensor.dtype):
-        raise UpcycleError(
-            f"{reader.checkpoint.folder / tensor.file}: tensor {piece.tensor} holds NaN or infinite values; "
-            "use a checkpoint whose training did not diverge"
-        )
-    return rows
+        return reader.rows(piece.tensor, piece.width, piece.first_row + first, count)
+    wanted = piece.first_row + numbers(piece.row_order)[first : first + count]
+    return np.concatenate([reader.rows(piece.tensor, piece.width, int(row), 1) for row in wanted])
+
+
+def _check_finite(piece: Piece, readers: Sequence[Reader], stored: list[NDArray]) -> None:
+    for source, rows in zip(piece.sources, stored, strict=True):
+        checkpoint = readers[source].checkpoint
+        tensor = checkpoint.tensors[piece.tensor]
+        if not all_finite(rows, tensor.dtype):
+            raise UpcycleError(
+                f"{checkpoint.folder / tensor.file}: tensor {piece.tensor} holds NaN or infinite values; "
+                "use a checkpoint whose training did not diverge"
+            )
 
 
 def _output_rows(
@@ -213,10 +216,10 @@ def _output_rows(
     first: int,
 ) -> NDArray:
     """The piece's columns of stored rows, averaged, changed and cast."""
-    dtypes = [readers[source].checkpoint.tensors[piece.tensor].dtype for source in piece.sources]
-    if not changers and dtypes == [task.dtype]:
+    if not changers and _dtypes(piece, readers) == [task.dtype]:
+        _check_finite(piece, readers, stored)
         return stored[0][:, _columns(piece)]
-    values = _mean(piece, dtypes, stored)
+    values = _mean(piece, readers, stored)
     for change in changers:
         values = change(values, first)
     cast = from_float32(np.ascontiguousarray(values), task.dtype)
@@ -228,18 +231,32 @@ def _output_rows(
     return cast
 
 
+def _dtypes(piece: Piece, readers: Sequence[Reader]) -> list[str]:
+    return [readers[source].checkpoint.tensors[piece.tensor].dtype for source in piece.sources]
+
+
 def _columns(piece: Piece) -> slice | NDArray[np.int64]:
     if piece.column_order is None:
         return slice(piece.first_column, piece.first_column + piece.columns)
     return piece.first_column + numbers(piece.column_order)
 
 
-def _mean(piece: Piece, dtypes: list[str], stored: list[NDArray]) -> Rows:
-    columns = _columns(piece)
-    total = to_float32(stored[0][:, columns], dtypes[0])
-    for rows, dtype in zip(stored[1:], dtypes[1:], strict=True):
-        total = total + to_float32(rows[:, columns], dtype)
-    return total / np.float32(len(stored))
+def _mean(piece: Piece, readers: Sequence[Reader], stored: list[NDArray]) -> Rows:
+    """The piece's columns of the mean over its sources, all of whose numbers are finite."""
+    columns, dtypes = _columns(piece), _dtypes(piece, readers)
+    first = stored[0][:, columns]
+    # memory of its own, because changes write to it
+    total, part = np.empty(first.shape, np.float32), np.empty(first.shape, np.float32)
+    to_float32(first, dtypes[0], out=total)
+    with np.errstate(over="ignore"):  # is told below
+        for rows, dtype in zip(stored[1:], dtypes[1:], strict=True):
+            total += to_float32(rows[:, columns], dtype, out=part)
+    if len(stored) > 1:
+        total /= np.float32(len(stored))
+    # a sum is finite only if all its numbers are
+    if not all_finite(total, "F32"):
+        _check_finite(piece, readers, stored)
+    return total
 
 
 # --- changes ---
@@ -301,12 +318,11 @@ def _statistics(
     where: Callable[[Rows, int], tuple[slice | NDArray[np.bool_], ...]],
 ) -> tuple[np.float32, np.float32]:
     """Mean and standard deviation of some entries of a piece, in a pass of its own over its rows."""
-    dtypes = [readers[source].checkpoint.tensors[piece.tensor].dtype for source in piece.sources]
     step = _rows_at_once((piece,))
     count, total, squares = 0, 0.0, 0.0
     for first in range(0, rows, step):
         stored = _stored_rows(piece, readers, first, min(step, rows - first), {})
-        values = _mean(piece, dtypes, stored)
+        values = _mean(piece, readers, stored)
         entries = values[where(values, first)].astype(np.float64)
         count += entries.size
         total += float(entries.sum())

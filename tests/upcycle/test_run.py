@@ -138,7 +138,7 @@ def test_an_output_that_exists_is_left_alone(dense, tmp_path):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["copy", "btx"])
-def test_weights_that_are_not_finite_are_named(bad, dtype, method, dense_copy, tmp_path):
+def test_weights_that_are_not_finite_are_named(bad, dtype, method, dense, dense_copy, tmp_path):
     folder = dense_copy(dtype=dtype, shard="1GB")
     name = "model.layers.2.self_attn.o_proj.weight"
     tensors = load_file(folder / "model.safetensors")
@@ -148,10 +148,21 @@ def test_weights_that_are_not_finite_are_named(bad, dtype, method, dense_copy, t
     if method == "copy":
         recipe = copy_recipe(folder, tmp_path)
     else:
-        recipe = recipe_for(tmp_path, method="btx", sources=[str(folder)] * 2)
+        whole = dense("llama", dtype=dtype, shard="1GB")
+        recipe = recipe_for(tmp_path, method="btx", sources=[str(whole), str(folder)])
     message = rf"damaged.model\.safetensors: tensor {name} holds NaN or infinite values; use a checkpoint"
     fails(recipe, tmp_path, message)
     assert contents(folder) == before
+
+
+def test_a_mean_whose_sum_is_too_large_is_named(dense_copy, tmp_path):
+    """The numbers themselves are finite."""
+    folder = dense_copy(shard="1GB")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = 3e38
+    save_file(tensors, folder / "model.safetensors")
+    recipe = recipe_for(tmp_path, method="btx", sources=[str(folder)] * 2)
+    fails(recipe, tmp_path, "a value of model.norm.weight is too large for F32")
 
 
 def test_values_too_large_for_the_type_are_named(dense_copy, tmp_path):
