@@ -9,14 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from upcycle.cli import upcycle_command, verify_command
+from upcycle.cli import replicas_command, upcycle_command, verify_command
 from upcycle.upit.cli import upit_command
 
 from .config import ModelConfig
 from .demo.cli import demo_command
+from .evaluation.cli import eval_command
 from .profile.cli import profile_command
 from .shapes import SHAPES, named_shape
 from .stats.cli import stats_command
+from .train.cli import train_command
+from .train.data.instructions_cli import instructions_command
 
 app = typer.Typer(
     name="moe-runtime",
@@ -197,10 +200,18 @@ def generate_command(
 # --- commands of other parts ---
 
 app.command("demo", epilog="Example: moe-runtime demo --text contracts=my/contracts.txt")(demo_command)
+app.command("eval", epilog="Example: moe-runtime eval runs/copy --text prose.txt --json")(eval_command)
+app.command("instructions", epilog="Example: moe-runtime instructions tasks --samples 2000")(
+    instructions_command
+)
 app.command("profile", epilog="Example: moe-runtime profile runs/copy --html")(profile_command)
+app.command("replicas", epilog="Example: moe-runtime replicas runs/copy --text code.txt --experts 12")(
+    replicas_command
+)
 app.command("stats", epilog="Example: moe-runtime stats runs/copy --text code.txt --text prose.txt")(
     stats_command
 )
+app.command("train", epilog="Example: moe-runtime train recipe.yaml --dry-run")(train_command)
 app.command("upcycle", epilog="Example: moe-runtime upcycle upcycle/recipes/btx.yaml --dry-run")(
     upcycle_command
 )

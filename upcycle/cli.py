@@ -60,6 +60,47 @@ def upcycle_command(
         typer.echo(note)
 
 
+def replicas_command(
+    model: Annotated[
+        Path, typer.Argument(help="Folder of a mixture with its tokenizer.", show_default=False)
+    ],
+    text: Annotated[list[str], typer.Option(help="A text file to learn from; may be given again.")],
+    experts: Annotated[int, typer.Option(help="Experts of the mixture to make.")],
+    most: Annotated[int, typer.Option(help="Copies of one expert at most.")] = 3,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each file at most.")] = 20480,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Choose which experts `replicate` copies, by their gradients; prints that section of a recipe."""
+    from rich.progress import Progress
+
+    from moe_runtime.hf.quiet import quiet_transformers
+    from upcycle.replicas import choose_counts
+
+    for name, value in (("--most", most), ("--max-tokens", max_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    console = Console(stderr=True)
+    with (
+        quiet_transformers(),
+        Progress(console=console, transient=True, disable=not console.is_terminal) as bars,
+    ):
+        bar = bars.add_task("Gradients", total=1.0)
+        counts = choose_counts(
+            model,
+            text,
+            num_experts=experts,
+            most=most,
+            max_tokens=max_tokens,
+            on_share=lambda share: bars.update(bar, completed=share),
+        )
+    if as_json:
+        typer.echo(json.dumps({"counts": counts}))
+        return
+    typer.echo("replicate:\n  counts:")
+    for of_layer in counts:
+        typer.echo(f"    - {list(of_layer)}")
+
+
 def verify_command(
     path: Annotated[Path, typer.Argument(help="Folder that upcycle wrote.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,

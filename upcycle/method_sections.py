@@ -84,16 +84,22 @@ class SharedExpertRecipe:
 class ReplicateRecipe:
     """How often each expert of a mixture is copied, and the noise that tells its copies apart."""
 
-    counts: int | tuple[int, ...]  # for all experts, or for each
+    counts: int | tuple[int | tuple[int, ...], ...]  # for all experts; for each; or for each of every layer
     noise: float = 0.001  # uniform between -noise and noise, on every copy of an expert but its first
     noise_on: NoiseOn | None = None  # None: selection_bias where the target has one, else router weights
     seed: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.counts, tuple):
-            for count in self.counts:
-                check_whole("replicate.counts", count, 1)
-            if not self.counts:
+            by_layer = any(isinstance(count, tuple) for count in self.counts)
+            if by_layer and not all(isinstance(counts, tuple) for counts in self.counts):
+                raise RecipeError("replicate.counts must be numbers or one list per layer, got both")
+            layers = self.counts if by_layer else (self.counts,)
+            for counts in layers:
+                assert isinstance(counts, tuple)
+                for count in counts:
+                    check_whole("replicate.counts", count, 1)
+            if not all(layers) or not layers:
                 raise RecipeError("replicate.counts must be a number or one number per expert, got none")
         else:
             check_whole("replicate.counts", self.counts, 1)
@@ -101,6 +107,12 @@ class ReplicateRecipe:
         if self.noise_on is not None:
             check_choice("replicate.noise_on", self.noise_on, get_args(NoiseOn))
         check_type("replicate.seed", self.seed, int)
+
+    def of_layer(self, place: int) -> int | tuple[int, ...]:
+        """The counts of the `place`-th layer with experts."""
+        if isinstance(self.counts, tuple) and isinstance(self.counts[0], tuple):
+            return self.counts[place]  # type: ignore[return-value]  # all are tuples if the first is
+        return self.counts  # type: ignore[return-value]  # and none is if the first is not
 
 
 SECTIONS = {

@@ -21,39 +21,63 @@ from upcycle.recipe import Recipe
 from upcycle.tasks import Band, Piece, TensorTask, Uniform, UniformNoise
 
 
-def copies(recipe: Recipe, num_experts: int) -> tuple[int, ...]:
-    """The expert that each expert of the output is a copy of."""
+def copies(recipe: Recipe, mixture: ModelConfig, number: int) -> tuple[int, ...]:
+    """The expert of layer `number` that each expert of the output is a copy of."""
     assert recipe.replicate is not None
-    counts = recipe.replicate.counts
+    counts = recipe.replicate.of_layer(_moe_layers(mixture).index(number))
     if isinstance(counts, int):
-        counts = (counts,) * num_experts
-    if len(counts) != num_experts:
-        raise RecipeError(
-            f"replicate.counts must be a number or one number for each of the {num_experts} experts, "
-            f"got {len(counts)}"
-        )
-    if sum(counts) > MAX_EXPERTS:
-        raise RecipeError(f"replicate.counts must make at most {MAX_EXPERTS} experts, got {sum(counts)}")
+        counts = (counts,) * mixture.num_experts
     return tuple(chain.from_iterable([expert] * count for expert, count in enumerate(counts)))
+
+
+def _moe_layers(mixture: ModelConfig) -> list[int]:
+    return [number for number in range(mixture.num_hidden_layers) if mixture.is_moe_layer(number)]
+
+
+def _num_experts(recipe: Recipe, mixture: ModelConfig) -> int:
+    """Of the output; what is wrong with the counts is said here."""
+    assert recipe.replicate is not None
+    E, layers, given = mixture.num_experts, _moe_layers(mixture), recipe.replicate.counts
+    if isinstance(given, tuple) and isinstance(given[0], tuple) and len(given) != len(layers):
+        raise RecipeError(
+            f"replicate.counts must have one list for each of the {len(layers)} layers with experts, "
+            f"got {len(given)}"
+        )
+    sums = set()
+    for place in range(len(layers)):
+        counts = recipe.replicate.of_layer(place)
+        if not isinstance(counts, int) and len(counts) != E:
+            raise RecipeError(
+                f"replicate.counts must be a number or one number for each of the {E} experts, "
+                f"got {len(counts)}"
+            )
+        sums.add(counts * E if isinstance(counts, int) else sum(counts))
+    if len(sums) > 1:
+        raise RecipeError(
+            f"replicate.counts must make as many experts in every layer, got from {min(sums)} to {max(sums)}"
+        )
+    (total,) = sums
+    if total > MAX_EXPERTS:
+        raise RecipeError(f"replicate.counts must make at most {MAX_EXPERTS} experts, got {total}")
+    return total
 
 
 def describe(recipe: Recipe, mixture: ModelConfig) -> ModelConfig:
     assert recipe.replicate is not None
-    made_from = copies(recipe, mixture.num_experts)
-    if mixture.router_num_groups > 1 and not isinstance(recipe.replicate.counts, int):
+    num_experts = _num_experts(recipe, mixture)
+    counts = recipe.replicate.counts
+    if mixture.router_num_groups > 1 and not isinstance(counts, int):
         raise RecipeError(
             f"replicate.counts must be one number for a mixture whose experts are in "
-            f"{mixture.router_num_groups} groups of equal size, got {len(recipe.replicate.counts)}"
+            f"{mixture.router_num_groups} groups of equal size, got {len(counts)}"
         )
     K = recipe.experts_per_token or mixture.num_experts_per_tok
-    if len(made_from) < K:
-        raise RecipeError(
-            f"experts_per_token must be at most the number of experts ({len(made_from)}), got {K}"
-        )
+    if num_experts < K:
+        raise RecipeError(f"experts_per_token must be at most the number of experts ({num_experts}), got {K}")
     noisy_bias = recipe.replicate.noise > 0 and recipe.replicate.noise_on == "selection_bias"
     return replace(
         mixture,
-        num_experts=len(made_from),
+        num_experts=num_experts,
         num_experts_per_tok=K,
         router_selection_bias=mixture.router_selection_bias or noisy_bias,
     )
@@ -104,7 +128,7 @@ def _projections(mixture: ModelConfig, prefix: str, width: int) -> dict[str, tup
 
 
 def expert_bands(layout: Layout, number: int, expert: int, tensor: str) -> tuple[Band, ...]:
-    made_from = copies(layout.recipe, layout.dense.num_experts)
+    made_from = copies(layout.recipe, layout.dense, number)
     name = expert_label(number, made_from[expert], tensor)
     return (whole(name, (0,), layout.shapes[name]),)
 
@@ -120,29 +144,31 @@ def feed_forward_tasks(layout: Layout, number: int) -> Iterator[TensorTask]:
     yield layout.task(
         f"{prefix}.{names.EXPERT_NAMES[layout.target].router}",
         (E, D),
-        *_router_rows(layout, f"{source}.weight", D, noisy=on_weights),
+        *_router_rows(layout, number, f"{source}.weight", D, noisy=on_weights),
     )
     if model.router_selection_bias:
         name = f"{source}.selection_bias"
         if name in layout.shapes:
-            bands = tuple(_router_rows(layout, name, 1, noisy=not on_weights))
+            bands = tuple(_router_rows(layout, number, name, 1, noisy=not on_weights))
             yield TensorTask(name, "F32", (E,), bands)
         else:
-            yield TensorTask(name, "F32", (E,), Uniform(recipe.noise, recipe.seed, name, _added(layout)))
+            yield TensorTask(
+                name, "F32", (E,), Uniform(recipe.noise, recipe.seed, name, _added(layout, number))
+            )
     yield from expert_tasks(layout, number)
 
 
-def _added(layout: Layout) -> tuple[int, ...]:
-    """Experts of the output that are not the first copy."""
-    made_from = copies(layout.recipe, layout.dense.num_experts)
+def _added(layout: Layout, number: int) -> tuple[int, ...]:
+    """Experts of a layer of the output that are not the first copy."""
+    made_from = copies(layout.recipe, layout.dense, number)
     return tuple(n for n in range(1, len(made_from)) if made_from[n] == made_from[n - 1])
 
 
-def _router_rows(layout: Layout, tensor: str, width: int, *, noisy: bool) -> Iterator[Band]:
+def _router_rows(layout: Layout, number: int, tensor: str, width: int, *, noisy: bool) -> Iterator[Band]:
     recipe = layout.recipe.replicate
     assert recipe is not None
-    added = _added(layout)
-    for expert, original in enumerate(copies(layout.recipe, layout.dense.num_experts)):
+    added = _added(layout, number)
+    for expert, original in enumerate(copies(layout.recipe, layout.dense, number)):
         noise = UniformNoise(recipe.noise, recipe.seed, f"{tensor} of expert {expert}")
         changes = (noise,) if noisy and recipe.noise > 0 and expert in added else ()
         yield Band(1, (Piece(tensor, (0,), width, first_row=original, changes=changes),))

@@ -64,6 +64,7 @@ def test_sections_are_filled_in():
         pytest.param({**GRANULAR, "drop": {"ratio": 0.25}}, id="granular"),
         pytest.param(SHARED, id="shared-expert"),
         pytest.param(REPLICATE, id="replicate"),
+        pytest.param({**REPLICATE, "replicate": {"counts": [[1, 2], [2, 1]]}}, id="replicate-by-layer"),
         pytest.param({**BTX, "layers": [2, 0]}, id="layers"),
         pytest.param({**COPY, "layers": {"first_dense": 1, "moe_every": 2}}, id="rule-for-layers"),
     ],
