@@ -24,6 +24,7 @@ OURS = "moe_runtime"
 LAUNCHES = 50  # per graph; what starting one costs the host is divided by them
 GRAPH_S = 2e-3  # of graphs of long calls, which need fewer launches
 ROUNDS = 30 if torch.cuda.is_available() else 12  # a CPU has ten minutes for all suites together
+WARMUP = 1  # of calls that the check and the counter of FLOPs have made before
 STARTED = pytest.StashKey[float]()
 ROUNDS_FOR_PERCENTILES = 100  # fewer samples have no 99th percentile
 
@@ -119,7 +120,7 @@ def time_launches(
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """Timings, on a GPU of replayed graphs, and why others than ours could not be captured."""
     if not torch.cuda.is_available():
-        return time_alternately(fns, rounds), {}
+        return time_alternately(fns, rounds, WARMUP), {}
     replays, refused = {}, {}
     for name, fn in fns.items():
         try:
@@ -153,7 +154,7 @@ def time_products(
     Graphs hold so many launches as take GRAPH_S together, by the first timing of ours, and LAUNCHES at most.
     """
     if not torch.cuda.is_available():
-        return time_alternately(fns, rounds), dict.fromkeys(fns, "call")
+        return time_alternately(fns, rounds, WARMUP), dict.fromkeys(fns, "call")
     once = time_alternately({OURS: fns[OURS]}, rounds=3)[OURS].median_s
     launches = min(max(round(GRAPH_S / once), 1), LAUNCHES)
     replays: dict[str, Callable[[], Any]] = {}
@@ -280,7 +281,7 @@ def measure(
         check_repeats(fns[OURS])
         timings, refused = time_launches(fns, rounds)
         return timings, refused, of_moves(timings, nbytes, copy_speed)
-    timings = time_alternately(fns, rounds)
+    timings = time_alternately(fns, rounds, WARMUP)
     if work is None:
         return timings, {}, {}
     return timings, {}, of_models(timings, work, copy_speed, speed_of_products(request, case))

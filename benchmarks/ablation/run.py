@@ -146,10 +146,10 @@ def run(folder: Path, output: Path, *, tiny: bool) -> None:
     from moe_runtime.machine import describe_machine, device_folder
     from moe_runtime.progress import StageProgress
 
+    machine = describe_machine()  # before the run: a checkout may change meanwhile
     settings = TINY if tiny else AblationSettings()
     stages = make_stages(settings, folder)
     results = run_stages(stages, folder, StageProgress(Console(stderr=True)))
-    machine = describe_machine()
     values = {name: result.values for name, result in results.items()}
     content = {
         "suite": "ablation",
