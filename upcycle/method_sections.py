@@ -110,9 +110,12 @@ class ReplicateRecipe:
 
     def of_layer(self, place: int) -> int | tuple[int, ...]:
         """The counts of the `place`-th layer with experts."""
-        if isinstance(self.counts, tuple) and isinstance(self.counts[0], tuple):
-            return self.counts[place]  # type: ignore[return-value]  # all are tuples if the first is
-        return self.counts  # type: ignore[return-value]  # and none is if the first is not
+        if isinstance(self.counts, int):
+            return self.counts
+        of_layers = [counts for counts in self.counts if isinstance(counts, tuple)]
+        return (
+            of_layers[place] if of_layers else tuple(count for count in self.counts if isinstance(count, int))
+        )
 
 
 SECTIONS = {
