@@ -53,7 +53,7 @@ def pack_experts(model: nn.Module) -> tuple[str, ...]:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    found = {name: module for name, module in model.named_modules() if _holds_experts(module)}
+    found = {name: module for name, module in model.named_modules() if holds_experts(module)}
     if not found:
         raise ValueError(
             f"model must have experts of this project or on transformers' experts interface; "
@@ -133,7 +133,7 @@ def _sample(parameter: Tensor) -> Tensor:
 # --- the two kinds of modules -----------------------------------------------------------
 
 
-def _holds_experts(module: nn.Module) -> bool:
+def holds_experts(module: nn.Module) -> bool:
     # transformers' interface writes these attributes into its modules
     of_transformers = {"config", "has_gate", "has_bias", "is_transposed", "is_concatenated"}
     return _is_ours(module) or vars(module).keys() >= of_transformers
