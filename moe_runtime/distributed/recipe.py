@@ -25,6 +25,6 @@ class ParallelRecipe:
         check_positive(self, "experts")
         if self.data == "none" and self.experts > 1:
             raise ValueError(
-                f"data must be 'ddp' or 'fsdp' with experts above 1, because processes that share experts have "
-                f"rows of their own, got 'none' with experts = {self.experts}"
+                f"data must be 'ddp' or 'fsdp' with experts above 1, because processes that share experts "
+                f"have rows of their own, got 'none' with experts = {self.experts}"
             )

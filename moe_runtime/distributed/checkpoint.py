@@ -1,0 +1,255 @@
+"""Checkpoints by torch.distributed.checkpoint: every process writes its parts, any number of them reads.
+
+model.{name}             parameters and persistent buffers, in the names and shapes of the whole model
+optimizer.{name}.{key}   what the optimizer keeps of each parameter
+options                  the optimizer's options of each parameter
+scheduler, step, random.{process}                      of `save_checkpoint` only
+"""
+
+import os
+import pickle
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from moe_runtime.errors import RunError
+
+Metadata = dict[str, Any]
+
+
+# --- model and optimizer; every process calls these --------------------------------------
+
+
+def save_state(folder: str | Path, model: nn.Module, optimizer: Optimizer, **others: Any) -> None:
+    """Write a model that `parallelize` spread, its optimizer, and `others`, which are pickled."""
+    tensors = _model_tensors(model) | _optimizer_tensors(model, optimizer)
+    others = {"options": _options(model, optimizer)} | others
+    # pickled here: of a dictionary every entry would get a key of its own
+    dcp.save(tensors | {name: pickle.dumps(value) for name, value in others.items()}, checkpoint_id=folder)
+
+
+def load_state(folder: str | Path, model: nn.Module, optimizer: Optimizer, **others: Any) -> dict[str, Any]:
+    """Read in place what any number of processes wrote; returns the saved values of the names of `others`.
+
+    Raises:
+        RunError: the folder holds no checkpoint, or one of another model.
+    """
+    metadata = _read_metadata(folder)
+    load_model(folder, model)
+    _load_optimizer(folder, metadata, model, optimizer)
+    return others | _load_pickled(folder, {name for name in others if name in metadata})
+
+
+def save_checkpoint(
+    folder: str | Path, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, step: int
+) -> None:
+    """Write everything a run goes on with, under a temporary name that is changed when all of it is there.
+
+    Raises:
+        RunError: the folder exists.
+    """
+    folder = Path(folder)
+    unfinished = folder.with_name(f".{folder.name}.incomplete")
+    is_first = distributed.get_rank() == 0
+    if folder.exists():
+        raise RunError(f"{folder} must not exist yet, and it does")
+    if is_first:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    distributed.barrier()
+    here = {f"random.{distributed.get_rank()}": _random_state()}
+    save_state(unfinished, model, optimizer, scheduler=scheduler.state_dict(), step=step, **here)
+    distributed.barrier()
+    if is_first:
+        os.rename(unfinished, folder)
+    distributed.barrier()
+
+
+def load_checkpoint(
+    folder: str | Path, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
+) -> int:
+    """Go on with what `save_checkpoint` wrote; returns the step.
+
+    A process that the run which wrote it did not have keeps its own random state.
+
+    Raises:
+        RunError: as `load_state`.
+    """
+    name = f"random.{distributed.get_rank()}"
+    wanted = {"scheduler": scheduler.state_dict(), "step": 0, name: _random_state()}
+    saved = load_state(folder, model, optimizer, **wanted)
+    # by group, and the optimizer's groups may be others now
+    rates = {"base_lrs": "initial_lr", "_last_lr": "lr"}
+    by_group = {key: [group[of] for group in optimizer.param_groups] for key, of in rates.items()}
+    unchanged = {key: value for key, value in saved["scheduler"].items() if key != "lr_lambdas"}
+    scheduler.load_state_dict(scheduler.state_dict() | unchanged | by_group)
+    _set_random_state(saved[name])
+    return int(saved["step"])
+
+
+def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """All tensors of a spread model, whole, in the memory of the first process's CPU; {} in the others."""
+    whole, meshes = {}, _expert_meshes(model)
+    for name, tensor in _named_tensors(model).items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if name in meshes:
+            full = DTensor.from_local(full, meshes[name]["expert"], [Shard(0)], run_check=False).full_tensor()
+        if distributed.get_rank() == 0:
+            whole[name] = full.detach().to("cpu", copy=True)  # a whole copy shares the memory of the model
+    return whole
+
+
+# --- tensors in the shapes of the whole model --------------------------------------------
+
+
+def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Under the keys of a checkpoint; they share memory with the model."""
+    meshes = _expert_meshes(model)
+    return {
+        f"model.{name}": _whole(tensor, meshes.get(name)) for name, tensor in _named_tensors(model).items()
+    }
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, each once, and persistent buffers."""
+    persistent = model.state_dict().keys()  # and FSDP2 takes back what it gathered
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return dict(model.named_parameters()) | buffers
+
+
+def _expert_meshes(model: nn.Module) -> dict[str, DeviceMesh]:
+    """Of each parameter that expert parallelism cut."""
+    return {
+        f"{name}.{key}": module.expert_mesh
+        for name, module in model.named_modules()
+        if hasattr(module, "expert_mesh")
+        for key, _ in module.named_parameters()
+    }
+
+
+def _whole(tensor: Tensor, expert_mesh: DeviceMesh | None) -> Tensor:
+    """The same memory, as a part of the tensor over all processes: FSDP2 does not know of other experts."""
+    tensor = tensor.detach()
+    if expert_mesh is None:
+        return tensor
+    assert isinstance(tensor, DTensor)
+    shape = (expert_mesh["expert"].size() * tensor.shape[0], *tensor.shape[1:])
+    return DTensor.from_local(
+        tensor.to_local(),
+        expert_mesh,
+        [Replicate(), Shard(0), tensor.placements[-1]],
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    tensors, meshes = {}, _expert_meshes(model)
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, Tensor) or (value.dim() > 0 and value.shape != parameter.shape):
+                raise RunError(
+                    f"train.optimizer must keep numbers, and tensors in the shape of a parameter, on several "
+                    f"processes, got {type(optimizer).__name__}, which keeps {key} of {name}"
+                )
+            mesh = meshes.get(name) if value.dim() > 0 else None
+            tensors[f"optimizer.{name}.{key}"] = _whole(value, mesh)
+    return tensors
+
+
+def _options(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """By parameter, because groups differ with the number of processes."""
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        name_of[parameter]: {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+# --- reading -----------------------------------------------------------------------------
+
+
+def _read_metadata(folder: str | Path) -> Metadata:
+    try:
+        return dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    except FileNotFoundError:
+        raise RunError(f"{folder} must be a checkpoint of several processes, and holds none") from None
+
+
+def load_model(folder: str | Path, model: nn.Module) -> None:
+    """Read the model alone, in place; also in one process that torchrun did not start.
+
+    Raises:
+        RunError: as `load_state`.
+    """
+    tensors, metadata = _model_tensors(model), _read_metadata(folder)
+    saved = {name: data.size for name, data in metadata.items() if name.startswith("model.")}
+    differing = saved.items() ^ {name: tensor.shape for name, tensor in tensors.items()}.items()
+    if differing:
+        name = min(name for name, _ in differing).removeprefix("model.")
+        raise RunError(f"{folder} must hold this model, and holds another: see {name}")
+    dcp.load(tensors, checkpoint_id=folder)
+
+
+def _load_optimizer(folder: str | Path, metadata: Metadata, model: nn.Module, optimizer: Optimizer) -> None:
+    parameters, meshes = dict(model.named_parameters()), _expert_meshes(model)
+    state: dict[str, dict[str, Tensor]] = {}
+    read: dict[str, Any] = {}
+    for name, data in metadata.items():
+        if not name.startswith("optimizer.") or not isinstance(data, TensorStorageMetadata):
+            continue
+        owner, _, key = name.removeprefix("optimizer.").rpartition(".")
+        dtype = data.properties.dtype
+        value = (
+            torch.zeros_like(parameters[owner], dtype=dtype) if data.size else torch.zeros((), dtype=dtype)
+        )
+        state.setdefault(owner, {})[key] = value
+        read[name] = _whole(value, meshes.get(owner) if data.size else None)
+    dcp.load(read, checkpoint_id=folder)
+    options = _load_pickled(folder, {"options"})["options"]
+    name_of = {parameter: name for name, parameter in parameters.items()}
+    names = [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    groups = [
+        {**group, **options.get(name_of[parameters_of[0]], {})}
+        for group, parameters_of in zip(
+            optimizer.state_dict()["param_groups"],
+            (group["params"] for group in optimizer.param_groups),
+            strict=True,
+        )
+    ]
+    by_position = {position: state[name] for position, name in enumerate(names) if name in state}
+    optimizer.load_state_dict({"state": by_position, "param_groups": groups})
+
+
+def _load_pickled(folder: str | Path, names: set[str]) -> dict[str, Any]:
+    pickled = dict.fromkeys(names, b"")
+    dcp.load(pickled, checkpoint_id=folder)
+    return {name: pickle.loads(value) for name, value in pickled.items()}
+
+
+# --- random numbers ----------------------------------------------------------------------
+
+
+def _random_state() -> dict[str, Any]:
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

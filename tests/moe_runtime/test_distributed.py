@@ -1,0 +1,229 @@
+"""Own parallelism: several processes train as one does, and go on with each other's checkpoints."""
+
+import copy
+import sys
+from functools import cache
+
+import parallel_runs
+import pytest
+import torch
+from parallel_runs import (
+    AUXILIARY,
+    DTYPES,
+    EXCHANGES,
+    HALF_WAY,
+    MAX_NORM,
+    MODELS,
+    RECIPES,
+    STEPS,
+    TRAINED,
+    exchange_rows,
+    groups_of,
+    make_optimizer,
+    make_scheduler,
+    rows,
+    train,
+)
+from tiny_models import MOE, assert_equal_up_to_rounding, tiny_model
+
+from moe_runtime.distributed.mesh import start
+from moe_runtime.distributed.recipe import ParallelRecipe
+from moe_runtime.errors import RunError
+from moe_runtime.hf.export_state import export_state
+from moe_runtime.hf.loading import load_causal_lm
+
+# float32 sums that several processes add in another order, through two layers and back
+BOUND = 5e-5
+LOSSES = 1e-5  # of 20 steps
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the processes are forks"),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("parallel")
+
+
+@pytest.fixture(scope="module")
+def seen(folder):
+    return parallel_runs.run(folder)
+
+
+def clipped(model):
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+
+
+@cache
+def alone(name, experts=AUXILIARY["num_experts"]):
+    """Gradients, losses and norms of one process that has all rows."""
+    model = tiny_model(MOE, **AUXILIARY | {"num_experts": experts}) if name == "own" else MODELS[name]()
+    model.train()
+    for ids_1L in rows(0):
+        (model(ids_1L, labels=ids_1L, use_cache=False).loss / len(rows(0))).backward()
+    grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.requires_grad}
+    losses, norms = train(model, make_optimizer(groups_of(model)), clipped, range(STEPS))
+    return grads, losses, norms
+
+
+@cache
+def scheduled_alone():
+    model = MODELS["own"]().train()
+    optimizer = make_optimizer(groups_of(model))
+    scheduler = make_scheduler(optimizer)
+    losses, weights = [], {}
+    for step in range(STEPS):
+        if step == HALF_WAY:
+            weights = copy.deepcopy(dict(model.named_parameters()))
+        losses += train(model, optimizer, clipped, [step])[0]
+        scheduler.step()
+    return losses, weights
+
+
+def assert_same_training(processes, case, expected):
+    grads, losses, norms = expected
+    steps = len(processes[0][case]["losses"])
+    for process in processes:
+        assert process[case]["losses"] == pytest.approx(losses[:steps], rel=LOSSES)
+        assert process[case]["norms"] == pytest.approx(norms[:steps], rel=1e-4)
+    actual = processes[0][case]["grads"]
+    assert grads.keys() <= actual.keys()  # buffers are among the tensors
+    for name, grad in grads.items():
+        assert_equal_up_to_rounding(name, actual[name], grad, BOUND)
+    assert max(norms) > MAX_NORM
+
+
+class TestExchange:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("name", EXCHANGES)
+    def test_rows_pass_their_expert_and_come_back(self, name, dtype, seen):
+        for rank, process in enumerate(seen["two"]):
+            expert_N = torch.tensor(EXCHANGES[name][rank], dtype=torch.int64)
+            x_ND = exchange_rows(name, rank).to(dtype)
+            factor_N1 = (expert_N + 1).to(dtype)[:, None]
+            result = process[name, dtype]
+            assert torch.equal(result["rows"], x_ND * factor_N1)
+            assert torch.equal(result["grad"], factor_N1.expand_as(x_ND))
+
+    def test_rows_come_to_the_process_of_their_expert(self, seen):
+        for name, by_rank in EXCHANGES.items():
+            expert_N = sum(by_rank, ())
+            for rank, process in enumerate(seen["two"]):
+                result = process[name, torch.float32]
+                assert result["received"] == sum(expert // 2 == rank for expert in expert_N)
+                assert sum(result["sent"]) == len(by_rank[rank])
+
+
+@pytest.mark.parametrize(("model", "recipe"), TRAINED)
+def test_two_processes_train_as_one(model, recipe, seen):
+    """Twenty steps of AdamW with two learning rates, clipped, auxiliary losses included."""
+    assert_same_training(seen["two"], f"{model}-{recipe}", alone(model))
+
+
+@pytest.mark.parametrize("experts", [6, 8])
+@pytest.mark.parametrize("recipe", ["experts", "experts-and-fsdp"])
+def test_four_processes_of_which_two_hold_the_same_experts_train_as_one(recipe, experts, seen):
+    assert_same_training(seen["four"], f"{recipe}-{experts}", alone("own", experts))
+
+
+def test_each_process_holds_its_part(seen):
+    total = sum(parameter.numel() for parameter in MODELS["own"]().parameters())
+    held = {recipe: [process[f"own-{recipe}"]["held"] for process in seen["two"]] for recipe in RECIPES}
+    experts = sum(p.numel() for name, p in MODELS["own"]().named_parameters() if ".experts." in name)
+    assert held["ddp"] == [total, total]
+    assert held["experts"] == [total - experts // 2] * 2
+    for recipe in ("fsdp", "experts-and-fsdp"):
+        assert sum(held[recipe]) == total
+        assert max(held[recipe]) < 0.52 * total
+
+
+class TestCheckpoints:
+    def test_run_that_saves_is_the_run_of_one_process(self, seen):
+        losses, _ = scheduled_alone()
+        for world in ("two", "one"):
+            assert seen[world][0]["straight"]["losses"] == pytest.approx(losses, rel=LOSSES)
+
+    @pytest.mark.parametrize(("writer", "reader"), [("two", "one"), ("one", "two-again")])
+    def test_goes_on_with_another_number_of_processes(self, writer, reader, seen):
+        written = seen[writer][0]["straight"]
+        for process in seen[reader]:
+            assert process["resumed"]["losses"] == pytest.approx(written["losses"][HALF_WAY:], rel=LOSSES)
+        read = seen[reader][0]["resumed"]["weights"]
+        assert written["weights"].keys() == read.keys()
+        for name, weight in written["weights"].items():
+            assert torch.equal(read[name], weight), name
+
+    def test_goes_on_with_the_same_bits_and_random_numbers(self, seen):
+        for straight, resumed in zip(seen["two"], seen["two-again"], strict=True):
+            assert resumed["dropout"]["losses"] == straight["dropout"]["losses"][HALF_WAY:]
+        assert seen["two"][0]["dropout"]["losses"] != seen["two"][0]["straight"]["losses"]
+
+    def test_becomes_a_plain_model_folder(self, seen, folder, tmp_path):
+        MODELS["own"]().save_pretrained(tmp_path / "base")
+        export_state(folder / "of-two", tmp_path / "base", tmp_path / "plain")
+        model = load_causal_lm(tmp_path / "plain")
+        weights = seen["two"][0]["straight"]["weights"]
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, weights[name]), name
+        with pytest.raises(RunError, match="plain must not exist yet, and it does"):
+            export_state(folder / "of-two", tmp_path / "base", tmp_path / "plain")
+
+    def test_of_another_model_is_refused(self, seen, folder, tmp_path):
+        tiny_model(MOE).save_pretrained(tmp_path / "base")
+        with pytest.raises(RunError, match=r"must hold this model, and holds another: see model\.layers\.0"):
+            export_state(folder / "of-two", tmp_path / "base", tmp_path / "plain")
+        with pytest.raises(RunError, match="must be a checkpoint of several processes, and holds none"):
+            export_state(tmp_path / "base", tmp_path / "base", tmp_path / "plain")
+        assert not (tmp_path / "plain").exists()
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("recipe", "processes", "message"),
+        [
+            (ParallelRecipe(), "2", "parallel.data must be 'ddp' or 'fsdp' with 2 processes, got 'none'"),
+            (
+                ParallelRecipe(data="fsdp", experts=2),
+                "3",
+                "parallel.experts must divide the number of processes, which is 3, got 2",
+            ),
+            (
+                ParallelRecipe(data="ddp"),
+                None,
+                "parallel.data must be 'none' in a process that torchrun did not start, got 'ddp'",
+            ),
+        ],
+        ids=["none", "experts", "no-torchrun"],
+    )
+    def test_number_of_processes(self, recipe, processes, message, monkeypatch):
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        if processes is not None:
+            monkeypatch.setenv("WORLD_SIZE", processes)
+        with pytest.raises(RunError, match=message):
+            start(recipe)
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"data": "zero"}, "data must be one of 'none', 'ddp', 'fsdp', got 'zero'"),
+            ({"data": "fsdp", "experts": 0}, "experts must be a whole number of at least 1, got 0"),
+            (
+                {"experts": 2},
+                "data must be 'ddp' or 'fsdp' with experts above 1.*got 'none' with experts = 2",
+            ),
+        ],
+        ids=["data", "experts", "both"],
+    )
+    def test_recipe(self, values, message):
+        with pytest.raises(ValueError, match=message):
+            ParallelRecipe(**values)
+
+    def test_models_that_cannot_be_cut(self, seen):
+        messages = seen["two"][0]["refused"]
+        assert messages["indivisible"] == (
+            "parallel.experts must divide the number of experts, which is 5 in model.layers.0.mlp.experts, "
+            "got 2"
+        )
+        assert messages["dense"] == "parallel.experts must be 1 for a model without experts, got 2"

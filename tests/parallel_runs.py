@@ -1,0 +1,289 @@
+"""Models trained by this project's own parallelism, in gloo processes that fork after the imports.
+
+`run` starts two processes, then one that goes on with their checkpoint, then two that go on with its, and
+four. Each process writes what it saw.
+"""
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from moe_families import tiny_family
+from tiny_models import DENSE, MOE, tiny_model, tokens
+from torch import distributed
+
+import moe_runtime
+from moe_runtime.distributed.checkpoint import load_checkpoint, save_checkpoint, whole_state_dict
+from moe_runtime.distributed.dispatch import exchange_counts, to_experts, to_tokens
+from moe_runtime.distributed.gradients import clip_grad_norm, split_by_mesh
+from moe_runtime.distributed.mesh import make_layout
+from moe_runtime.distributed.recipe import ParallelRecipe
+from moe_runtime.distributed.shard import parallelize
+from moe_runtime.errors import RunError
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS, HALF_WAY = 20, 10
+ROWS = 4  # of a step, whatever the number of processes
+MAX_NORM = 0.5  # below the norms of the first steps
+RECIPES = {
+    "fsdp": ParallelRecipe(data="fsdp"),
+    "ddp": ParallelRecipe(data="ddp"),
+    "experts": ParallelRecipe(data="ddp", experts=2),
+    "experts-and-fsdp": ParallelRecipe(data="fsdp", experts=2),
+}
+AUXILIARY = {"num_experts": 6, "router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01}
+DROPOUT = {"expert_dropout": 0.2}
+MODELS = {
+    "own": lambda **changes: tiny_model(MOE, **AUXILIARY, **changes),
+    "lopsided": lambda: lopsided(),
+    "mixtral": lambda: family("mixtral"),
+    "gpt_oss": lambda: family("gpt_oss"),
+}
+TRAINED = [
+    *(("own", recipe) for recipe in RECIPES),
+    *((model, "experts-and-fsdp") for model in MODELS if model != "own"),
+]
+E = 4  # of the exchanges below
+# expert of each row, sorted, by process
+EXCHANGES = {
+    "mixed": ((0, 0, 1, 2, 3, 3, 3), (0, 2, 2)),
+    "all-to-the-first": ((0, 1, 1), (0, 0, 0, 1)),
+    "no-token-in-the-second": ((0, 1, 2, 3), ()),
+    "no-token-at-all": ((), ()),
+}
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def family(name):
+    moe_runtime.register()
+    return tiny_family(name, "moe_runtime")
+
+
+def lopsided():
+    """All tokens choose among the first three of six experts: the second process receives no row."""
+    model = tiny_model(MOE, **AUXILIARY)
+    for layer in model.model.layers:
+        weight_ED = layer.mlp.router.weight.requires_grad_(False)
+        # logits a, -a, 0, 0, 0, 0: the larger of the first two, and the first of equal ones
+        weight_ED[1], weight_ED[2:] = -weight_ED[0], 0.0
+    return model
+
+
+def rows(step, rank=0, world_size=1):
+    """The sequences of a step that a process works on, each a batch of its own."""
+    share = ROWS // world_size
+    return tokens(ROWS, 9, seed=100 + step)[rank * share :][:share].split(1)
+
+
+def train(model, optimizer, clip, steps, rank=0, world_size=1):
+    """Mean losses over all rows, and norms of gradients; each sequence is a micro-batch."""
+    losses, norms = [], []
+    for step in steps:
+        optimizer.zero_grad()
+        total = torch.zeros(())
+        for ids_1L in rows(step, rank, world_size):
+            loss = model(ids_1L, labels=ids_1L, use_cache=False).loss * world_size / ROWS
+            loss.backward()
+            total += loss.detach()
+        norms.append(clip(model).item())
+        optimizer.step()
+        if world_size > 1:
+            distributed.all_reduce(total)
+        losses.append(total.item() / world_size)
+    return losses, norms
+
+
+def make_optimizer(groups):
+    return torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1)
+
+
+def groups_of(model):
+    """Two learning rates, as the trainer has."""
+    router = [p for name, p in model.named_parameters() if "router" in name or ".gate." in name]
+    rest = [p for name, p in model.named_parameters() if "router" not in name and ".gate." not in name]
+    return [{"params": router, "lr": 3e-3}, {"params": rest}]
+
+
+def make_scheduler(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.1 * step))
+
+
+def run(folder, *first_on_path):
+    """What each process of each world saw; `first_on_path` hides installed packages."""
+    path = (*first_on_path, ROOT, ROOT / "kernels", ROOT / "tests")
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return {
+        world: [torch.load(folder / f"{world}-rank{rank}.pt") for rank in range(size)]
+        for world, (size, _) in WORLDS.items()
+    }
+
+
+# --- in the processes ---
+
+
+def work(rank, world, folder):
+    size, see = WORLDS[world]
+    torch.use_deterministic_algorithms(True, warn_only=True)  # uninitialised memory is NaN
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/{world}-meeting",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=60),
+    )
+    torch.save(see(folder, rank), folder / f"{world}-rank{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def of_two(folder, rank):
+    seen = {(name, dtype): exchanged(name, dtype, rank) for name in EXCHANGES for dtype in DTYPES}
+    for model, recipe in TRAINED:
+        steps = STEPS if model == "own" else 5
+        seen[f"{model}-{recipe}"] = trained(MODELS[model](), RECIPES[recipe], rank, 2, steps)
+    recipe = RECIPES["experts-and-fsdp"]
+    seen["refused"] = {
+        "indivisible": refused(tiny_model(MOE), recipe),
+        "dense": refused(tiny_model(DENSE), recipe),
+    }
+    seen["straight"] = saved_half_way(MODELS["own"](), recipe, rank, 2, folder / "of-two")
+    seen["dropout"] = saved_half_way(MODELS["own"](**DROPOUT), recipe, rank, 2, folder / "dropout")
+    return seen
+
+
+def of_one(folder, rank):
+    model = MODELS["own"]()
+    recipe = ParallelRecipe(data="fsdp")
+    seen = {"resumed": resumed(model, recipe, rank, 1, folder / "of-two")}
+    seen["straight"] = saved_half_way(MODELS["own"](), recipe, rank, 1, folder / "of-one")
+    return seen
+
+
+def of_two_again(folder, rank):
+    recipe = RECIPES["experts-and-fsdp"]
+    return {
+        "resumed": resumed(MODELS["own"](), recipe, rank, 2, folder / "of-one"),
+        "dropout": resumed(MODELS["own"](**DROPOUT), recipe, rank, 2, folder / "dropout"),
+    }
+
+
+def of_four(folder, rank):
+    """Two processes hold the same experts, of which there are three, which do not divide; and two of ten."""
+    return {
+        f"{recipe}-{experts}": trained(
+            tiny_model(MOE, **AUXILIARY | {"num_experts": experts}), RECIPES[recipe], rank, 4, steps=3
+        )
+        for recipe in ("experts", "experts-and-fsdp")
+        for experts in (6, 8)
+    }
+
+
+WORLDS = {"two": (2, of_two), "one": (1, of_one), "two-again": (2, of_two_again), "four": (4, of_four)}
+
+
+def exchanged(name, dtype, rank):
+    """Rows through experts that multiply by 1, 2, 3 and 4, and the gradient of the rows."""
+    group = distributed.group.WORLD
+    expert_N = torch.tensor(EXCHANGES[name][rank], dtype=torch.int64)
+    count_E = torch.bincount(expert_N, minlength=E).int()
+    x_ND = exchange_rows(name, rank).to(dtype).requires_grad_()
+    route = exchange_counts(count_E, group)
+    x_RD = to_experts(x_ND, route, group)
+    factor_R = (rank * E // 2 + route.expert_R + 1).to(dtype)
+    y_ND = to_tokens(x_RD * factor_R[:, None], route, group)
+    y_ND.backward(torch.ones_like(y_ND))
+    return {"rows": y_ND.detach(), "grad": x_ND.grad, "received": len(x_RD), "sent": route.sent}
+
+
+def exchange_rows(name, rank):
+    count = len(EXCHANGES[name][rank])
+    return torch.randn(count, 3, generator=torch.Generator().manual_seed(rank)) if count else torch.ones(0, 3)
+
+
+def prepared(model, recipe):
+    parallelize(model.train(), make_layout(recipe))
+    return model, make_optimizer(split_by_mesh(groups_of(model)))
+
+
+def clipped(model):
+    return clip_grad_norm(model, MAX_NORM)
+
+
+def refused(model, recipe):
+    try:
+        parallelize(model, make_layout(recipe))
+    except RunError as error:
+        return str(error)
+
+
+def trained(model, recipe, rank, size, steps=STEPS):
+    """Gradients of the first step, then losses and norms of a whole run, and what a process holds."""
+    model, optimizer = prepared(model, recipe)
+    for ids_1L in rows(0, rank, size):
+        (model(ids_1L, labels=ids_1L, use_cache=False).loss * size / ROWS).backward()
+    grads = whole_gradients(model)
+    losses, norms = train(model, optimizer, clipped, range(steps), rank, size)
+    held = sum(p.to_local().numel() for p in model.parameters())
+    return {"grads": grads, "losses": losses, "norms": norms, "held": held}
+
+
+def whole_gradients(model):
+    """In the place of the parameters, so that they are put together as those are."""
+    values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        grads = whole_state_dict(model)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(values[name])
+    return grads
+
+
+def saved_half_way(model, recipe, rank, size, target):
+    """A whole run that leaves a checkpoint half way, and its weights there."""
+    torch.manual_seed(7 + rank)
+    model, optimizer = prepared(model, recipe)
+    scheduler = make_scheduler(optimizer)
+    losses = scheduled(model, optimizer, scheduler, range(HALF_WAY), rank, size)
+    save_checkpoint(target, model, optimizer, scheduler, HALF_WAY)
+    weights = whole_state_dict(model)
+    losses += scheduled(model, optimizer, scheduler, range(HALF_WAY, STEPS), rank, size)
+    return {"losses": losses, "weights": weights}
+
+
+def resumed(model, recipe, rank, size, source):
+    """The second half, of a model whose weights are others until they are read."""
+    torch.manual_seed(70 + rank)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    model, optimizer = prepared(model, recipe)
+    scheduler = make_scheduler(optimizer)
+    step = load_checkpoint(source, model, optimizer, scheduler)
+    weights = whole_state_dict(model)
+    losses = scheduled(model, optimizer, scheduler, range(step, STEPS), rank, size)
+    return {"losses": losses, "weights": weights}
+
+
+def scheduled(model, optimizer, scheduler, steps, rank, size):
+    losses = []
+    for step in steps:
+        losses += train(model, optimizer, clipped, [step], rank, size)[0]
+        scheduler.step()
+    return losses
+
+
+if __name__ == "__main__":
+    for world, (size, _) in WORLDS.items():
+        torch.multiprocessing.start_processes(
+            work, (world, Path(sys.argv[1])), nprocs=size, start_method="fork"
+        )
