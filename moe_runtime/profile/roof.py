@@ -21,16 +21,24 @@ class Roof:
     bytes_per_s: float
 
 
+def measure_product(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs per second of the large square product alone."""
+    side = PRODUCT[device.type]
+    generator = torch.Generator(device).manual_seed(0)
+    # random: zeros are multiplied faster than any data
+    a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / _median_seconds(lambda: a @ b, device)
+
+
 def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
     """Medians of a few rounds, in the dtype of the model; on a CPU of fewer if they are slow."""
-    side, copied = PRODUCT[device.type], COPIED[device.type]
+    copied = COPIED[device.type]
     generator = torch.Generator(device).manual_seed(0)
-    # random: zeros are multiplied and copied faster than any data
-    a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
+    # random: zeros are copied faster than any data
     source = torch.randint(2**31, (copied // 4,), generator=generator, dtype=torch.int32, device=device)
     target = torch.zeros_like(source)
     return Roof(
-        flops_per_s=2 * side**3 / _median_seconds(lambda: a @ b, device),
+        flops_per_s=measure_product(device, dtype),
         bytes_per_s=2 * copied / _median_seconds(lambda: target.copy_(source), device),
     )
 

@@ -17,6 +17,32 @@ Freeze = Literal["none", "gate", "experts", "moe", "non_expert"]
 Precision = Literal["float32", "bfloat16"]
 Schedule = Literal["constant", "linear", "cosine"]
 Target = Literal["gate_up_proj", "down_proj"]
+# of Trainer's, those that take groups of parameters; 8-bit and paged ones need bitsandbytes
+OPTIMIZERS = (
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_torch_4bit",
+    "adamw_torch_8bit",
+    "adafactor",
+    "sgd",
+    "adagrad",
+    "rmsprop",
+    "adamw_bnb_8bit",
+    "adamw_8bit",
+    "ademamix",
+    "ademamix_8bit",
+    "lion_32bit",
+    "lion_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "paged_ademamix_32bit",
+    "paged_ademamix_8bit",
+    "paged_lion_32bit",
+    "paged_lion_8bit",
+    "rmsprop_bnb",
+    "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +112,17 @@ class TrainSection:
             check_not_negative(f"train.{name}", getattr(self, name))
         for name in ("gradient_checkpointing", "recompute_experts"):
             check_type(f"train.{name}", getattr(self, name), bool)
-        check_choice("train.precision", self.precision, get_args(Precision))
-        check_choice("train.schedule", self.schedule, get_args(Schedule))
-        check_choice("train.freeze", self.freeze, get_args(Freeze))
-        check_type("train.optimizer", self.optimizer, str)
         check_type("train.report_to", self.report_to, tuple)
         for name in self.report_to:
             check_type("train.report_to", name, str)
+        self._check_choices()
         self._check_restarts()
+
+    def _check_choices(self) -> None:
+        check_choice("train.precision", self.precision, get_args(Precision))
+        check_choice("train.schedule", self.schedule, get_args(Schedule))
+        check_choice("train.freeze", self.freeze, get_args(Freeze))
+        check_choice("train.optimizer", self.optimizer, OPTIMIZERS)
         if self.lora is not None and self.freeze != "none":
             raise RecipeError(
                 f"train.freeze must be 'none' with train.lora, which freezes all but its adapters, got "

@@ -1,0 +1,151 @@
+"""Checkpoints of a run: written under another name, renamed when whole, and the newest whole one found."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moe_runtime.errors import RunError
+
+from .recipe import TrainRecipe, recipe_from_dict
+from .schedule import first_difference
+
+FOLDER = "checkpoints"
+UNFINISHED = ".unfinished"
+RUN_NAME = "run.json"  # what the checkpoint is of; written last
+# what a resumed run may say otherwise: nothing of it changes a weight up to the checkpoint
+FREE = ("save_every", "keep", "log_every", "eval_every", "report_to")
+EXTENDED = ("steps", "restarts")  # if the learning rates up to the checkpoint stay as they were
+MAY_CHANGE = {"output", *(f"train.{name}" for name in (*FREE, *EXTENDED))}
+
+
+def checkpoint_folder(output: Path, step: int) -> Path:
+    return output / FOLDER / f"checkpoint-{step}"
+
+
+def newest(output: Path) -> Path | None:
+    """The newest whole checkpoint of a run."""
+    return max(_all(output), key=_step, default=None)
+
+
+def write(
+    output: Path,
+    step: int,
+    keep: int,
+    values: dict[str, Any],
+    save: Callable[[Path], None],
+    wait: Callable[[], None] = lambda: None,
+    is_main: bool = True,
+) -> None:
+    """Have `save` fill a folder, add run.json, and put it in place; then remove all but the `keep` newest.
+
+    Every process calls it: all of them save, the main one does the rest. `wait` returns when all have called
+    it.
+
+    Raises:
+        RunError: it could not be written, such as on a full disk. The checkpoint before it is still there.
+    """
+    before = newest(output)
+    unfinished = output / FOLDER / UNFINISHED
+    folder = checkpoint_folder(output, step)
+    filled = unfinished / folder.name
+    try:
+        if is_main:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            filled.mkdir(parents=True)
+        wait()
+        save(filled)
+        wait()
+        if is_main:
+            write_json(filled / RUN_NAME, values)
+            os.rename(filled, folder)
+    except Exception as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        left = "there is none before it" if before is None else f"the one before it, {before}, is whole"
+        text = " ".join(str(error).split())
+        raise RunError(f"the checkpoint of step {step} could not be written ({text}); {left}") from error
+    if is_main:
+        for old in sorted(_all(output), key=_step)[:-keep]:
+            # renamed first: a folder that is half removed must not look like a checkpoint
+            shutil.rmtree(unfinished, ignore_errors=True)
+            os.rename(old, unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    wait()
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Replace the file by a whole one, or leave it as it was."""
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def read_run(checkpoint: Path) -> dict[str, Any]:
+    """What run.json of a checkpoint says.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    try:
+        values = json.loads((checkpoint / RUN_NAME).read_text(encoding="utf-8"))
+        values["recipe"], values["steps"], values["data"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{checkpoint / RUN_NAME} must say what the checkpoint is of: {error!r}") from None
+    return values
+
+
+def check_same_run(checkpoint: Path, recipe: TrainRecipe, steps: int, data: Any) -> None:
+    """Refuse a checkpoint that another recipe or other data made.
+
+    Raises:
+        RunError: naming the first field that differs.
+    """
+    values = read_run(checkpoint)
+    old, new = _fields(values["recipe"]), _fields(recipe.to_dict())
+    for name in sorted((old.keys() | new.keys()) - MAY_CHANGE):
+        before, now = old.get(name), new.get(name)
+        if before != now:
+            raise RunError(
+                f"{name} must be {before!r} as in the checkpoint {checkpoint}, got {now!r}; a changed recipe "
+                "needs another output"
+            )
+    if values["data"] != json.loads(json.dumps(data)):
+        raise RunError(
+            f"data must be what the checkpoint {checkpoint} was trained on, but its files have changed"
+        )
+    _check_schedule(checkpoint, recipe, values, steps)
+
+
+def _check_schedule(checkpoint: Path, recipe: TrainRecipe, values: dict[str, Any], steps: int) -> None:
+    done, old_steps = _step(checkpoint), values["steps"]
+    if steps < done:
+        raise RunError(f"train.steps must be at least {done}, the step of {checkpoint}, got {steps}")
+    old = recipe_from_dict(values["recipe"]).train
+    other = first_difference(old, recipe.train, old_steps, steps, done)
+    if other is not None:
+        raise RunError(
+            f"train.steps and train.restarts must leave the learning rates up to {checkpoint} as they were, "
+            f"but that of step {other} changes; to train longer, keep them and add {old_steps} to "
+            "train.restarts"
+        )
+
+
+def _fields(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of all sections under names such as "train.steps"."""
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        of_section = value.items() if isinstance(value, dict) else ()
+        fields |= {f"{name}.{key}": element for key, element in of_section}
+        if not isinstance(value, dict):
+            fields[name] = value
+    return fields
+
+
+def _all(output: Path) -> list[Path]:
+    return [path for path in (output / FOLDER).glob("checkpoint-*") if (path / RUN_NAME).is_file()]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

@@ -1,0 +1,236 @@
+"""A training run from its recipe to a folder that `from_pretrained` loads."""
+
+import math
+import os
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import TrainerCallback, TrainingArguments
+
+from moe_runtime.config import ModelConfig
+from moe_runtime.errors import RunError
+from moe_runtime.families import model_config
+from moe_runtime.hf.loading import load_tokenizer
+from moe_runtime.hf.quiet import quiet_transformers
+from moe_runtime.profile.roof import measure_product
+from moe_runtime.progress import StageProgress
+
+from . import checkpoints
+from .data.load import TrainData, load_train_data
+from .figures import Yardstick, as_line
+from .model import Prepared, prepare_model
+from .output import TrainResult, finished, write_output
+from .recipe import TrainRecipe
+from .trainer import MoeTrainer
+
+NEVER = 10**9  # steps
+_roof = cache(measure_product)  # once per process, for several runs
+
+
+def run_training(recipe: TrainRecipe, resume: bool = False, *, console: Console | None = None) -> TrainResult:
+    """Train, or go on from the newest checkpoint, and write the model.
+
+    Args:
+        recipe: what to do.
+        resume: go on with an output that exists; one that is finished is only read.
+        console: where progress is shown; None: nowhere.
+
+    Raises:
+        RunError: the recipe, the model, its data or the disk does not allow the run, or a loss is not finite.
+    """
+    parallel = _start(recipe)
+    output = Path(recipe.output)
+    checkpoint = _check_output(output, resume)
+    if parallel is not None:
+        torch.distributed.barrier()  # all have looked before one writes
+    with quiet_transformers():
+        prepared = prepare_model(recipe, checkpoint)
+        data = _load_data(recipe, prepared.model)
+        steps = num_steps(recipe, data)
+        about_data = data.summary
+        if checkpoint is not None:
+            checkpoints.check_same_run(checkpoint, recipe, steps, about_data)
+            stored = finished(output, steps)
+            if stored is not None:
+                return stored
+        if parallel is not None:
+            parallel.prepare(prepared.model, recipe.parallel)
+        trainer = _make_trainer(recipe, prepared, data, steps, parallel)
+        return _train(trainer, recipe, checkpoint, prepared, data, console)
+
+
+def plan_training(recipe: TrainRecipe) -> dict[str, Any]:
+    """What a run would do, after loading model and data; nothing is written."""
+    with quiet_transformers():
+        prepared = prepare_model(recipe)
+        data = _load_data(recipe, prepared.model)
+    return {
+        "model": recipe.model,
+        "output": recipe.output,
+        "steps": num_steps(recipe, data),
+        "rows_per_step": recipe.train.batch_size * recipe.train.accumulate * _world_size(),
+        "parameters": prepared.parameters,
+        "data": data.summary,
+    }
+
+
+def num_steps(recipe: TrainRecipe, data: TrainData) -> int:
+    """Updates of the run; an epoch's last one may have fewer rows."""
+    section = recipe.train
+    if section.steps is not None:
+        return section.steps
+    if recipe.data.streaming:
+        raise RunError("train.steps must be given with data.streaming, whose length is not known, got epochs")
+    assert section.epochs is not None
+    batches = math.ceil(math.ceil(len(data.dataset) / section.batch_size) / _world_size())  # type: ignore[arg-type]
+    steps = math.ceil(section.epochs * math.ceil(batches / section.accumulate))
+    if section.restarts and section.restarts[-1] >= steps:
+        raise RunError(
+            f"train.restarts must lie below the {steps} steps of {section.epochs:g} epochs, got "
+            f"{section.restarts[-1]}"
+        )
+    return steps
+
+
+def _start(recipe: TrainRecipe) -> Any:
+    """The module that spreads the run over processes, or None for one process."""
+    if recipe.parallel.data == "none":
+        if _world_size() > 1:
+            raise RunError(
+                f"parallel.data must be 'ddp' or 'fsdp' with {_world_size()} processes, got 'none'"
+            )
+        return None
+    from . import parallel
+
+    parallel.start(recipe.parallel)
+    return parallel
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_output(output: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from."""
+    if output.exists() and not output.is_dir():
+        raise RunError(f"output must be a folder, and {output} is a file")
+    if resume:
+        return checkpoints.newest(output)
+    if output.is_dir() and any(output.iterdir()):
+        raise RunError(
+            f"output must be a new or empty folder, got {output}, which has files; --resume goes "
+            "on with its run"
+        )
+    return None
+
+
+def _load_data(recipe: TrainRecipe, model: Any) -> TrainData:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    return load_train_data(recipe.data, load_tokenizer(recipe.model), recipe.seed, longest)
+
+
+def _make_trainer(
+    recipe: TrainRecipe, prepared: Prepared, data: TrainData, steps: int, parallel: Any
+) -> MoeTrainer:
+    section, output = recipe.train, Path(recipe.output)
+    arguments = TrainingArguments(
+        output_dir=str(output / checkpoints.FOLDER),
+        max_steps=steps,
+        per_device_train_batch_size=section.batch_size,
+        per_device_eval_batch_size=section.batch_size,
+        gradient_accumulation_steps=section.accumulate,
+        learning_rate=section.learning_rate,
+        max_grad_norm=section.max_grad_norm,
+        optim=section.optimizer,
+        bf16=section.precision == "bfloat16",
+        logging_steps=section.log_every,
+        logging_nan_inf_filter=False,  # such a loss stops the run
+        save_strategy="steps",
+        save_steps=section.save_every or NEVER,
+        eval_strategy="steps" if section.eval_every and data.eval else "no",
+        eval_steps=section.eval_every,
+        report_to=list(section.report_to) or "none",
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        remove_unused_columns=False,  # "sample" is read by the trainer
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = MoeTrainer(
+        recipe=recipe,
+        output=output,
+        about_data=data.summary,
+        yardstick=_yardstick(recipe, prepared.model),
+        parallel=parallel,
+        model=prepared.model,
+        args=arguments,
+        train_dataset=data.dataset,
+        eval_dataset=data.eval,
+        data_collator=data.collator,
+    )
+    return trainer
+
+
+def _yardstick(recipe: TrainRecipe, model: Any) -> Yardstick:
+    try:
+        config: ModelConfig | None = model_config(model.config.to_dict())
+    except ValueError:  # a family whose sizes are not known
+        return Yardstick(None, None)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    roof = _roof(device, getattr(torch, recipe.train.precision))
+    return Yardstick(config, roof * _world_size())
+
+
+def _train(
+    trainer: MoeTrainer,
+    recipe: TrainRecipe,
+    checkpoint: Path | None,
+    prepared: Prepared,
+    data: TrainData,
+    console: Console | None,
+) -> TrainResult:
+    output = Path(recipe.output)
+    if checkpoint is not None:
+        trainer.seconds_before = checkpoints.read_run(checkpoint)["seconds"]
+    if not trainer.is_world_process_zero():
+        console = None
+    progress = StageProgress(console or Console(quiet=True))
+    progress.expect([1.0])
+    with progress.stage("training", 1.0) as on_share:
+        trainer.add_callback(_Shown(console, on_share))
+        trainer.started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = trainer.seconds()
+    metrics = trainer.evaluate() if data.eval else {}
+    state = trainer.state
+    result = TrainResult(
+        output=str(output),
+        steps=state.global_step,
+        log=state.log_history,
+        metrics=metrics,
+        tokens=state.num_input_tokens_seen,
+        flops=int(state.total_flos),
+        seconds=seconds,
+    )
+    write_output(trainer, prepared, data.summary, result)
+    return result
+
+
+class _Shown(TrainerCallback):
+    """Shows how far the run is, and its log entries."""
+
+    def __init__(self, console: Console | None, on_share: Any) -> None:
+        self.console, self.on_share = console, on_share
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_share(state.global_step / max(1, state.max_steps))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.console is not None and logs and "lm_loss" in logs:
+            line = as_line(logs, state.global_step, state.max_steps)
+            self.console.print(line, highlight=False, soft_wrap=True)
