@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_FOLDERS = ("kernels/moe_runtime_kernels", "moe_runtime", "upcycle")
+OF_TRANSFORMERS = ("moe_runtime/hf/", "moe_runtime/train/")
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -45,10 +46,8 @@ def files_importing(package: str) -> set[str]:
     return found
 
 
-def test_transformers_is_imported_only_under_hf():
-    assert {
-        name for name in files_importing("transformers") if not name.startswith("moe_runtime/hf/")
-    } == set()
+def test_transformers_is_imported_only_under_hf_and_train():
+    assert {name for name in files_importing("transformers") if not name.startswith(OF_TRANSFORMERS)} == set()
 
 
 def test_triton_is_imported_only_by_kernel_files():
