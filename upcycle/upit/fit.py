@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from moe_runtime.train.data.samples import IGNORED, Sample
 from upcycle.errors import UpcycleError
-from upcycle.upit.data import IGNORED, Sample
 from upcycle.upit.files import generator
 
 _MAX_GRAD_NORM = 1.0

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_runtime.hf.loading import load_causal_lm, load_tokenizer
+from moe_runtime.train.data.samples import IGNORED, Sample
 from upcycle.sources import open_source, plain_folder
-from upcycle.upit.data import IGNORED, Data, Sample, load_data
+from upcycle.upit.data import Data, load_data
 from upcycle.upit.expert import LORA_A, LORA_B, Expert, ExpertReader, whole_tensor
 from upcycle.upit.files import generator
 from upcycle.upit.fit import Batch, collate

@@ -18,13 +18,13 @@ from moe_runtime.hf.loading import load_causal_lm
 from moe_runtime.hf.lora import remove_expert_lora, save_expert_lora
 from moe_runtime.hf.quiet import quiet_transformers
 from moe_runtime.losses import load_balancing_loss
+from moe_runtime.train.data.samples import Sample
 from upcycle.checkpoint import read_json
 from upcycle.provenance import RECORD_NAME, copy_file, model_name, write_text
 from upcycle.provenance import write_json as write_synced_json
 from upcycle.run import working_folder
 from upcycle.sources import open_source
 from upcycle.upit.assemble import ADAPTER_NAME, add_adapter
-from upcycle.upit.data import Sample
 from upcycle.upit.files import write_json
 from upcycle.upit.fit import Batch, Training, fit, steps_per_epoch
 from upcycle.upit.models import language_loss

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from upcycle.upit.data import Sample
+from moe_runtime.train.data.samples import Sample
 from upcycle.upit.feed_forward import feed_forward_tensors
 from upcycle.upit.fit import Training, fit, last_state
 from upcycle.upit.low_rank import LowRankModel

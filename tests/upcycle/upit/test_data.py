@@ -6,8 +6,9 @@ import pytest
 from byte_tokenizer import END, byte_tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from moe_runtime.train.data.samples import IGNORED
 from upcycle.errors import UpcycleError
-from upcycle.upit.data import IGNORED, draw_seed_set, load_data
+from upcycle.upit.data import draw_seed_set, load_data
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}|{% endfor %}"

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import upcycle.upit.fit
+from moe_runtime.train.data.samples import Sample
 from upcycle.errors import UpcycleError
-from upcycle.upit.data import Sample
 from upcycle.upit.fit import Training, collate, fit, last_state
 
 
