@@ -55,7 +55,8 @@ class DataRecipe:
                 name, path = Path(entry).stem, entry
             if name in files:
                 raise RecipeError(
-                    f"data.eval must name each set once, got {name!r} twice; write NAME={path} to choose another"
+                    f"data.eval must name each set once, got {name!r} twice; write NAME={path} to "
+                    "choose another"
                 )
             files[name] = path
         return files
