@@ -28,7 +28,7 @@ def stats_command(
     """Show what routers and experts do with text: load, balance, entropy, margin, how alike experts are."""
     from ..profile.cli import check_folder, chosen_device
 
-    texts = _texts_by_domain(text)
+    texts = texts_by_domain(text)
     if max_tokens < 1:
         raise ValueError(f"--max-tokens must be at least 1, got {max_tokens}")
     if html is not None:
@@ -59,7 +59,7 @@ def stats_command(
         typer.echo(json.dumps(report, indent=2))
 
 
-def _texts_by_domain(arguments: list[str]) -> dict[str, str]:
+def texts_by_domain(arguments: list[str]) -> dict[str, str]:
     """Files by domain, from arguments FILE or NAME=FILE."""
     texts: dict[str, str] = {}
     for argument in arguments:

@@ -1,0 +1,1 @@
+"""How well a causal LM does: perplexity of texts, and tasks from JSON lines."""
