@@ -18,7 +18,9 @@ RUN_NAME = "run.json"  # what the checkpoint is of; written last
 # what a resumed run may say otherwise: nothing of it changes a weight up to the checkpoint
 FREE = ("save_every", "keep", "log_every", "eval_every", "report_to")
 EXTENDED = ("steps", "restarts")  # if the learning rates up to the checkpoint stay as they were
-MAY_CHANGE = {"output", *(f"train.{name}" for name in (*FREE, *EXTENDED))}
+CUT = ("batch_size", "accumulate")  # if a step still has as many rows
+SPREAD = ("parallel.data", "parallel.experts")
+MAY_CHANGE = {"output", *SPREAD, *(f"train.{name}" for name in (*FREE, *EXTENDED, *CUT))}
 
 
 def checkpoint_folder(output: Path, step: int) -> Path:
@@ -36,13 +38,13 @@ def write(
     keep: int,
     values: dict[str, Any],
     save: Callable[[Path], None],
-    wait: Callable[[], None] = lambda: None,
+    agree: Callable[[str | None], str | None] = lambda error: error,
     is_main: bool = True,
 ) -> None:
     """Have `save` fill a folder, add run.json, and put it in place; then remove all but the `keep` newest.
 
-    Every process calls it: all of them save, the main one does the rest. `wait` returns when all have called
-    it.
+    Every process calls it: all of them save, the main one does the rest. `agree` waits for all processes and
+    returns the error of one that has one.
 
     Raises:
         RunError: it could not be written, such as on a full disk. The checkpoint before it is still there.
@@ -51,28 +53,35 @@ def write(
     unfinished = output / FOLDER / UNFINISHED
     folder = checkpoint_folder(output, step)
     filled = unfinished / folder.name
-    try:
-        if is_main:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            filled.mkdir(parents=True)
-        wait()
-        save(filled)
-        wait()
-        if is_main:
-            write_json(filled / RUN_NAME, values)
-            os.rename(filled, folder)
-    except Exception as error:
+
+    def begin() -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
-        left = "there is none before it" if before is None else f"the one before it, {before}, is whole"
-        text = " ".join(str(error).split())
-        raise RunError(f"the checkpoint of step {step} could not be written ({text}); {left}") from error
+        filled.mkdir(parents=True)
+
+    def put_in_place() -> None:
+        write_json(filled / RUN_NAME, values)
+        os.rename(filled, folder)
+
+    for work, everywhere in ((begin, False), (lambda: save(filled), True), (put_in_place, False)):
+        error = agree(_error_of(work) if everywhere or is_main else None)
+        if error is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            left = "there is none before it" if before is None else f"the one before it, {before}, is whole"
+            raise RunError(f"the checkpoint of step {step} could not be written ({error}); {left}")
     if is_main:
         for old in sorted(_all(output), key=_step)[:-keep]:
             # renamed first: a folder that is half removed must not look like a checkpoint
             shutil.rmtree(unfinished, ignore_errors=True)
             os.rename(old, unfinished)
         shutil.rmtree(unfinished, ignore_errors=True)
-    wait()
+
+
+def _error_of(work: Callable[[], None]) -> str | None:
+    try:
+        work()
+    except Exception as error:  # of the disk by many names: those of safetensors, of torch, of Python
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -90,14 +99,14 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads((checkpoint / RUN_NAME).read_text(encoding="utf-8"))
-        values["recipe"], values["steps"], values["data"]
+        values["recipe"], values["steps"], values["rows"], values["data"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{checkpoint / RUN_NAME} must say what the checkpoint is of: {error!r}") from None
     return values
 
 
-def check_same_run(checkpoint: Path, recipe: TrainRecipe, steps: int, data: Any) -> None:
-    """Refuse a checkpoint that another recipe or other data made.
+def check_same_run(checkpoint: Path, recipe: TrainRecipe, steps: int, rows: int, data: Any) -> None:
+    """Refuse a checkpoint that another recipe or other data made; `rows` are those of a step.
 
     Raises:
         RunError: naming the first field that differs.
@@ -111,6 +120,11 @@ def check_same_run(checkpoint: Path, recipe: TrainRecipe, steps: int, data: Any)
                 f"{name} must be {before!r} as in the checkpoint {checkpoint}, got {now!r}; a changed recipe "
                 "needs another output"
             )
+    if values["rows"] != rows:
+        raise RunError(
+            f"train.batch_size times train.accumulate times processes must be {values['rows']} as in the "
+            f"checkpoint {checkpoint}, got {rows}"
+        )
     if values["data"] != json.loads(json.dumps(data)):
         raise RunError(
             f"data must be what the checkpoint {checkpoint} was trained on, but its files have changed"

@@ -18,15 +18,12 @@ Precision = Literal["float32", "bfloat16"]
 Schedule = Literal["constant", "linear", "cosine"]
 Target = Literal["gate_up_proj", "down_proj"]
 # of Trainer's, those that take groups of parameters; 8-bit and paged ones need bitsandbytes
+ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")  # can be in shards
 OPTIMIZERS = (
-    "adamw_torch",
-    "adamw_torch_fused",
+    *ELEMENTWISE,
     "adamw_torch_4bit",
     "adamw_torch_8bit",
     "adafactor",
-    "sgd",
-    "adagrad",
-    "rmsprop",
     "adamw_bnb_8bit",
     "adamw_8bit",
     "ademamix",
@@ -189,6 +186,11 @@ class TrainRecipe:
             value = getattr(self, name)
             if not isinstance(value, kind):
                 raise RecipeError(f"{name} must be a section of 'key: value' lines, got {value!r}")
+        if self.parallel.data != "none" and self.train.optimizer not in ELEMENTWISE:
+            raise RecipeError(
+                f"train.optimizer must be one of {', '.join(map(repr, ELEMENTWISE))} with parallel.data "
+                f"{self.parallel.data!r}, got {self.train.optimizer!r}"
+            )
         if Path(self.output).resolve() == Path(self.model).resolve():
             raise RecipeError(f"output must be another folder than model, got {self.output!r} for both")
 

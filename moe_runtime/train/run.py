@@ -53,7 +53,7 @@ def run_training(recipe: TrainRecipe, resume: bool = False, *, console: Console 
         steps = num_steps(recipe, data)
         about_data = data.summary
         if checkpoint is not None:
-            checkpoints.check_same_run(checkpoint, recipe, steps, about_data)
+            checkpoints.check_same_run(checkpoint, recipe, steps, rows_per_step(recipe), about_data)
             stored = finished(output, steps)
             if stored is not None:
                 return stored
@@ -72,10 +72,14 @@ def plan_training(recipe: TrainRecipe) -> dict[str, Any]:
         "model": recipe.model,
         "output": recipe.output,
         "steps": num_steps(recipe, data),
-        "rows_per_step": recipe.train.batch_size * recipe.train.accumulate * _world_size(),
+        "rows_per_step": rows_per_step(recipe),
         "parameters": prepared.parameters,
         "data": data.summary,
     }
+
+
+def rows_per_step(recipe: TrainRecipe) -> int:
+    return recipe.train.batch_size * recipe.train.accumulate * _world_size()
 
 
 def num_steps(recipe: TrainRecipe, data: TrainData) -> int:

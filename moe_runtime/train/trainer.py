@@ -30,6 +30,7 @@ from .selection_bias import update_selection_bias
 
 IGNORED = -100
 SCHEDULER_NAME = "scheduler.pt"  # as Trainer has it
+SHARDS_NAME = "state"  # model and optimizer of a run on several processes
 
 
 @dataclass
@@ -351,13 +352,23 @@ class MoeTrainer(Trainer):
             {
                 "recipe": self.recipe.to_dict(),
                 "steps": self.state.max_steps,
+                "rows": self.args.train_batch_size
+                * self.args.gradient_accumulation_steps
+                * self.args.world_size,
                 "data": self.about_data,
                 "seconds": self.seconds(),
             },
             save,
-            self.accelerator.wait_for_everyone,
+            self._any_error,
             self.is_world_process_zero(),
         )
+
+    def _any_error(self, error: str | None) -> str | None:
+        """The error of one of the processes, once all have come here."""
+        errors = [error] * self.args.world_size
+        if self.args.world_size > 1:
+            torch.distributed.all_gather_object(errors, error)
+        return next((error for error in errors if error is not None), None)
 
     def seconds(self) -> float:
         """Of training so far, over all calls that the run took."""
@@ -383,7 +394,7 @@ class MoeTrainer(Trainer):
         if self.parallel is None:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        self.parallel.save_state(Path(output_dir), self.model, self.optimizer)
+        self.parallel.save_state(Path(output_dir) / SHARDS_NAME, self.model, self.optimizer)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
@@ -391,7 +402,7 @@ class MoeTrainer(Trainer):
         if self.parallel is None or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
         else:
-            self.parallel.load_state(Path(checkpoint), self.model, self.optimizer)
+            self.parallel.load_state(Path(checkpoint) / SHARDS_NAME, self.model, self.optimizer)
             stored = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
             self.lr_scheduler.load_state_dict(stored)
         # the checkpoint has the rate of its own schedule, which may have ended with it

@@ -67,6 +67,10 @@ def test_a_recipe_survives_yaml_and_back(changes, tmp_path):
         ({"moe": {"bias_update": -1}}, "moe.bias_update must be finite and not negative, got -1"),
         ({"parallel": {"data": "dp"}}, "data must be one of 'none', 'ddp', 'fsdp', got 'dp'"),
         ({"model": "out"}, "output must be another folder than model, got 'out' for both"),
+        (
+            {"parallel": {"data": "fsdp"}, "train": {"optimizer": "adafactor"}},
+            "'adamw_torch_fused', 'sgd', 'adagrad', 'rmsprop' with parallel.data 'fsdp', got 'adafactor'",
+        ),
         ({"seed": -1}, "seed must be at least 0, got -1"),
     ],
 )

@@ -242,10 +242,14 @@ def test_a_longer_run_goes_on_if_its_schedule_begins_anew(models, data, tmp_path
         ({"train": {"learning_rate": 0.5}}, "train.learning_rate must be 0.01 as in the checkpoint"),
         ({"moe": {"z_loss": 0.5}}, "moe.balance_loss must be None as in the checkpoint"),
         ({"seed": 5}, "seed must be 0 as in the checkpoint"),
+        (
+            {"train": {"accumulate": 3}},
+            "train.batch_size times train.accumulate times processes must be 4 as in",
+        ),
         ({"train": {"steps": 1}}, "train.steps must be at least 2, the step of"),
-        ({"train": {"save_every": 3, "keep": 1, "log_every": 3}}, None),
+        ({"train": {"save_every": 3, "keep": 1, "log_every": 3, "batch_size": 4, "accumulate": 1}}, None),
     ],
-    ids=["rate", "losses", "seed", "fewer-steps", "what-may-change"],
+    ids=["rate", "losses", "seed", "rows", "fewer-steps", "what-may-change"],
 )
 def test_a_checkpoint_of_another_recipe_is_refused(changes, message, models, data, tmp_path_factory):
     # one run for all cases, which leave it as it is
