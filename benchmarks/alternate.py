@@ -1,10 +1,12 @@
 """Time several callables in turns in one process, so that a noisy machine hits all of them alike."""
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,11 +51,22 @@ def _seconds(fn: Callable[[], object]) -> float:
 
 
 def time_alternately(
-    fns: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2, calls: int = 1
+    fns: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 2,
+    calls: int = 1,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
-    """Seconds per callable; every round runs each once, in an order that rotates from round to round.
+    """Seconds per callable; every round runs each once, in an order drawn anew.
 
-    A callable that stands for several `calls`, as a replayed graph does, has its seconds divided by them.
+    Drawn, because what a call finds in the processor's caches depends on the call before it.
+
+    Args:
+        fns: callables by name.
+        rounds: of all of them.
+        warmup: rounds that are not timed.
+        calls: what a callable stands for, as a replayed graph does; its seconds are divided by them.
+        before: is called before each timed call, and not timed.
     """
     if rounds < 2:
         raise ValueError(f"rounds must be at least 2, so that there is a spread, got {rounds}")
@@ -61,11 +74,25 @@ def time_alternately(
     for name in names * warmup:
         fns[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds):
-        shift = i % len(names)
-        for name in names[shift:] + names[:shift]:
+    draws = random.Random(0)
+    for _ in range(rounds):
+        for name in draws.sample(names, len(names)):
+            before()
             seconds[name].append(_seconds(fns[name]))
     return {name: Timing.of(values, calls) for name, values in seconds.items()}
+
+
+def cold_caches() -> Callable[[], object]:
+    """A function that leaves other bytes in the processor's caches, as the rest of a model does."""
+    other = torch.zeros(2 * _last_cache_bytes(), dtype=torch.uint8)
+    return lambda: other.add_(1)
+
+
+def _last_cache_bytes() -> int:
+    """Of one processor's last cache; 64 MiB where the system does not say."""
+    sizes = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    found = [int(size.read_text().strip().removesuffix("K")) * 1024 for size in sizes]
+    return max(found, default=64 * 2**20)
 
 
 def captured(fn: Callable[[], object], launches: int, pool: Any = None) -> Callable[[], object]:

@@ -13,7 +13,7 @@ import torch
 from moe_runtime_kernels.flop_formulas import register_flop_formulas
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.alternate import Timing, captured, copy_bandwidth, time_alternately
+from benchmarks.alternate import Timing, captured, cold_caches, copy_bandwidth, time_alternately
 from benchmarks.floor import Work, matmul_speed
 from benchmarks.handover import WithoutPlugin, hand_over
 from benchmarks.peers import Peers, failure, installed_versions
@@ -209,10 +209,11 @@ def compare(request, tiny, copy_speed, benchmark):
     the host's part, and the row says what share of a copy's speed they reach.
     `work` is for products: the row then has FLOPs per second, the share of the floor, and the GPU's memory.
     One per name is for whole models, each timed as it is called.
+    `cold`: before each of these calls, the processor's caches hold nothing of it.
     `peers` are other libraries; each that is not timed is in the row with the reason.
     """
 
-    def run(
+    def run(  # noqa: PLR0913 - what a row needs, by name
         suite: str,
         case: dict[str, Any],
         fns: Mapping[str, Callable[[], Any]],
@@ -222,6 +223,7 @@ def compare(request, tiny, copy_speed, benchmark):
         nbytes: int | None = None,
         work: Work | Mapping[str, Work] | None = None,
         peers: Peers | None = None,
+        cold: bool = False,
     ) -> dict[str, float]:
         errors: dict[str, dict[str, float]] = {}
 
@@ -238,7 +240,7 @@ def compare(request, tiny, copy_speed, benchmark):
         # another library's operations may be more than the counter can follow
         flops = {name: count_flops(fn) for name, fn in fns.items() if name not in peers.fns}
         rounds = 3 if tiny else rounds
-        timings, refused, measured = measure(request, case, fns, rounds, nbytes, work, copy_speed)
+        timings, refused, measured = measure(request, case, fns, rounds, nbytes, work, copy_speed, cold)
         if torch.cuda.is_available() and work is not None:
             measured["peak_bytes"] = {name: peak_bytes(fn) for name, fn in fns.items()}
         kept = {"flops": flops, "errors": errors, "not_timed": not_timed | refused, **measured}
@@ -270,6 +272,7 @@ def measure(
     nbytes: int | None,
     work: Work | Mapping[str, Work] | None,
     copy_speed: float,
+    cold: bool,
 ) -> tuple[dict[str, Timing], dict[str, str], dict[str, Any]]:
     """Timings, why some could not be timed, and what the row says of speeds."""
     if isinstance(work, Work):
@@ -281,7 +284,7 @@ def measure(
         check_repeats(fns[OURS])
         timings, refused = time_launches(fns, rounds)
         return timings, refused, of_moves(timings, nbytes, copy_speed)
-    timings = time_alternately(fns, rounds, WARMUP)
+    timings = time_alternately(fns, rounds, WARMUP, before=cold_caches() if cold else lambda: None)
     if work is None:
         return timings, {}, {}
     return timings, {}, of_models(timings, work, copy_speed, speed_of_products(request, case))

@@ -1,10 +1,12 @@
 """The benchmark suites run, agree on their answers and write what a reader needs; the timer is fair."""
 
+import inspect
 import json
 import os
 import statistics
 import subprocess
 import sys
+from itertools import pairwise, permutations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ import torch
 from moe_runtime_kernels import route_topk
 
 from benchmarks import conftest, peers
-from benchmarks.alternate import Timing, time_alternately
+from benchmarks.alternate import Timing, cold_caches, time_alternately
 from benchmarks.bars import find
 from benchmarks.bench_moe_layer import equal_layers, route_like
 from benchmarks.conftest import (
@@ -102,12 +104,25 @@ def test_suites_run_and_write_results(tiny_run):
     assert mixture["loop"] == mixture["one_call"]
 
 
-def test_every_round_runs_each_once_and_rotates_the_order():
+def test_every_round_runs_each_once_after_any_other():
     calls = []
     fns = {name: lambda name=name: calls.append(name) for name in "abc"}
-    timings = time_alternately(fns, rounds=3, warmup=0)
-    assert "".join(calls) == "abcbcacab"
-    assert {name: timing.rounds for name, timing in timings.items()} == {"a": 3, "b": 3, "c": 3}
+    timings = time_alternately(fns, rounds=12, warmup=0, before=lambda: calls.append("-"))
+    assert calls[::2] == ["-"] * 36
+    order = "".join(calls[1::2])
+    assert all(sorted(order[i : i + 3]) == ["a", "b", "c"] for i in range(0, 36, 3))
+    pairs = {first + second for first, second in pairwise(order)}
+    assert pairs >= {first + second for first, second in permutations("abc", 2)}
+    assert {name: timing.rounds for name, timing in timings.items()} == {"a": 12, "b": 12, "c": 12}
+
+
+def test_cold_caches_hold_other_bytes():
+    """More of them than the last cache has room for, changed in every call."""
+    evict = cold_caches()
+    (other,) = inspect.getclosurevars(evict).nonlocals.values()
+    evict()
+    assert other.unique().tolist() == [1]
+    assert other.numel() >= 2 * 2**20
 
 
 def test_timing_is_the_median_and_the_middle_half():
