@@ -34,7 +34,12 @@ RECIPES = {
     "experts": ParallelRecipe(data="ddp", experts=2),
     "experts-and-fsdp": ParallelRecipe(data="fsdp", experts=2),
 }
-AUXILIARY = {"num_experts": 6, "router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01}
+AUXILIARY = {
+    "num_experts": 6,
+    "router_aux_loss_coef": 0.1,
+    "router_z_loss_coef": 0.01,
+    "router_balance_over": "sequence",
+}
 DROPOUT = {"expert_dropout": 0.2}
 MODELS = {
     "own": lambda **changes: tiny_model(MOE, **AUXILIARY, **changes),
@@ -73,27 +78,28 @@ def lopsided():
 
 
 def rows(step, rank=0, world_size=1):
-    """The sequences of a step that a process works on, each a batch of its own."""
-    share = ROWS // world_size
-    return tokens(ROWS, 9, seed=100 + step)[rank * share :][:share].split(1)
+    """The sequences of a step that a process works on; losses are means over sequences of one length."""
+    return tokens(ROWS, 9, seed=100 + step).chunk(world_size)[rank]
 
 
 def train(model, optimizer, clip, steps, rank=0, world_size=1):
-    """Mean losses over all rows, and norms of gradients; each sequence is a micro-batch."""
+    """Mean losses over all rows, and norms of gradients."""
     losses, norms = [], []
     for step in steps:
         optimizer.zero_grad()
-        total = torch.zeros(())
-        for ids_1L in rows(step, rank, world_size):
-            loss = model(ids_1L, labels=ids_1L, use_cache=False).loss * world_size / ROWS
-            loss.backward()
-            total += loss.detach()
+        loss = backward(model, rows(step, rank, world_size))
         norms.append(clip(model).item())
         optimizer.step()
         if world_size > 1:
-            distributed.all_reduce(total)
-        losses.append(total.item() / world_size)
+            distributed.all_reduce(loss)
+        losses.append(loss.item() / world_size)
     return losses, norms
+
+
+def backward(model, ids_BL):
+    loss = model(ids_BL, labels=ids_BL, use_cache=False).loss
+    loss.backward()
+    return loss.detach()
 
 
 def make_optimizer(groups):
@@ -149,7 +155,7 @@ def work(rank, world, folder):
 def of_two(folder, rank):
     seen = {(name, dtype): exchanged(name, dtype, rank) for name in EXCHANGES for dtype in DTYPES}
     for model, recipe in TRAINED:
-        steps = STEPS if model == "own" else 5
+        steps = STEPS if (model, recipe) == ("own", "experts-and-fsdp") else 5
         seen[f"{model}-{recipe}"] = trained(MODELS[model](), RECIPES[recipe], rank, 2, steps)
     recipe = RECIPES["experts-and-fsdp"]
     seen["refused"] = {
@@ -229,8 +235,7 @@ def refused(model, recipe):
 def trained(model, recipe, rank, size, steps=STEPS):
     """Gradients of the first step, then losses and norms of a whole run, and what a process holds."""
     model, optimizer = prepared(model, recipe)
-    for ids_1L in rows(0, rank, size):
-        (model(ids_1L, labels=ids_1L, use_cache=False).loss * size / ROWS).backward()
+    backward(model, rows(0, rank, size))
     grads = whole_gradients(model)
     losses, norms = train(model, optimizer, clipped, range(steps), rank, size)
     held = sum(p.to_local().numel() for p in model.parameters())

@@ -1,0 +1,66 @@
+"""The trainer in several processes equals the trainer in one, and goes on with another number of them."""
+
+import sys
+
+import parallel_training
+import pytest
+import torch
+from parallel_training import GOES_ON, HALF_WAY, LAYOUTS, STEPS
+
+from moe_runtime.hf.loading import json_object, load_causal_lm
+
+LOSSES = 1e-5  # of 20 steps in float32
+NAMES = ("loss", "lm_loss", "balance_loss", "z_loss", "grad_norm")
+
+pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="the processes are forks")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    parallel_training.run(folder)
+    return folder
+
+
+def figures(folder, name):
+    return [entry for entry in json_object(folder / "training.json")["result"]["log"] if name in entry]
+
+
+def assert_same_log(actual, expected):
+    for name in NAMES:
+        values = [[entry[name] for entry in figures(folder, name)] for folder in (actual, expected)]
+        assert len(values[1]) == STEPS
+        assert values[0] == pytest.approx(values[1], rel=LOSSES), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_processes_train_as_one(layout, folder):
+    """Balance over the whole batch, z loss, selection bias, rates, clipping, accumulation; and weights."""
+    assert_same_log(folder / layout, folder / "one")
+    expected, actual = (load_causal_lm(folder / name).state_dict() for name in ("one", layout))
+    for name, weight in expected.items():
+        assert torch.allclose(actual[name], weight, rtol=0.0, atol=2e-5), name
+    bias = expected["model.layers.0.mlp.router.selection_bias"]
+    assert bias.abs().max() > 1e-3
+    assert torch.equal(actual["model.layers.0.mlp.router.selection_bias"], bias)
+
+
+def test_goes_on_with_the_same_bits(folder):
+    straight, resumed = (load_causal_lm(folder / name).state_dict() for name in (GOES_ON, "two-again"))
+    for name, weight in straight.items():
+        assert torch.equal(resumed[name], weight), name
+
+
+def test_goes_on_in_one_process(folder):
+    assert_same_log(folder / "one-again", folder / GOES_ON)
+
+
+def test_checkpoints_are_whole_and_few(folder):
+    names = {path.name for path in (folder / GOES_ON / "checkpoints").iterdir()}
+    assert names == {f"checkpoint-{step}" for step in (HALF_WAY, STEPS)}
+
+
+@pytest.mark.parametrize("parameter", ["tokens", "flops"])
+def test_counts_are_of_all_processes(parameter, folder):
+    counts = [json_object(folder / name / "training.json")["result"][parameter] for name in ("one", "fsdp")]
+    assert counts[0] == counts[1] > 0

@@ -1,0 +1,113 @@
+"""`run_training` in processes with torchrun's environment, which fork after the imports.
+
+`run` trains in one process and in two, by each recipe; then it goes on from half way with two and with one.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from training_runs import a_recipe, save_data, save_model
+
+from moe_runtime.train.run import run_training
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS, HALF_WAY = 20, 10
+ROWS = 4  # of a step, over all processes
+LAYOUTS = {
+    "experts": {"data": "ddp", "experts": 2},
+    "fsdp": {"data": "fsdp"},
+    "experts-and-fsdp": {"data": "fsdp", "experts": 2},
+}
+GOES_ON = "experts-and-fsdp"
+OPTIONS = {"num_experts": 6, "router_selection_bias": True}
+
+
+def run(folder):
+    """Train in `folder`; every run has a folder of its own there."""
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests"))),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stderr
+
+
+def recipe(folder, name, processes, **parallel):
+    return a_recipe(
+        folder / "model",
+        folder / "data.jsonl",
+        folder / name,
+        train={
+            "steps": STEPS,
+            "batch_size": ROWS // 2 // processes,
+            "accumulate": 2,
+            "learning_rate": 1e-3,
+            "router_learning_rate": 3e-3,
+            "warmup_steps": 3,
+            "max_grad_norm": 0.5,
+            "save_every": HALF_WAY,
+        },
+        moe={"balance_loss": 0.1, "balance_over": "global_batch", "z_loss": 0.01, "bias_update": 1e-2},
+        parallel=parallel or None,
+    )
+
+
+def processes(size, work, *arguments):
+    """`work` in processes as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        in_process, (size, port, work, arguments), nprocs=size, start_method="fork"
+    )
+
+
+def in_process(rank, size, port, work, arguments):
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    work(*arguments)
+
+
+def half_way(folder, name):
+    """A copy of the run as it was when it had saved half way."""
+    shutil.copytree(folder / GOES_ON, folder / name)
+    for path in (folder / name).iterdir():
+        if path.name != "checkpoints":
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+    shutil.rmtree(folder / name / "checkpoints" / f"checkpoint-{STEPS}", ignore_errors=True)
+
+
+def main(folder):
+    save_model("ours", folder / "model", **OPTIONS)
+    save_data(folder / "data.jsonl")
+    torch.multiprocessing.start_processes(
+        lambda rank, of_run: run_training(of_run), (recipe(folder, "one", 1),), nprocs=1, start_method="fork"
+    )
+    for name, layout in LAYOUTS.items():
+        processes(2, run_training, recipe(folder, name, 2, **layout))
+    for name, size, layout in (("two-again", 2, LAYOUTS[GOES_ON]), ("one-again", 1, {"data": "fsdp"})):
+        half_way(folder, name)
+        processes(size, run_training, recipe(folder, name, size, **layout), True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
