@@ -24,6 +24,7 @@ from .data.load import TrainData, load_train_data
 from .figures import Yardstick, as_line
 from .model import Prepared, prepare_model
 from .output import TrainResult, finished, write_output
+from .packages import check_packages
 from .recipe import TrainRecipe
 from .trainer import MoeTrainer
 
@@ -42,6 +43,7 @@ def run_training(recipe: TrainRecipe, resume: bool = False, *, console: Console 
     Raises:
         RunError: the recipe, the model, its data or the disk does not allow the run, or a loss is not finite.
     """
+    check_packages(recipe.train)
     parallel = _start(recipe)
     output = Path(recipe.output)
     checkpoint = _check_output(output, resume)

@@ -15,6 +15,7 @@ from training_runs import VOCAB_SIZE, a_recipe, recipe_values, save_model
 from moe_runtime import cli
 from moe_runtime.errors import RunError
 from moe_runtime.hf.loading import load_causal_lm
+from moe_runtime.train import packages
 from moe_runtime.train import run as run_module
 from moe_runtime.train.model import prepare_model
 from moe_runtime.train.run import run_training
@@ -354,6 +355,31 @@ def test_an_output_with_files_is_refused(models, data, tmp_path):
         RunError, match=r"^output must be a new or empty folder, got .*; --resume goes on with its run"
     ):
         run_training(a_recipe(models["ours"], data, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (
+            {"optimizer": "adamw_8bit"},
+            "train.optimizer 'adamw_8bit' needs bitsandbytes, which is missing; run:",
+        ),
+        (
+            {"optimizer": "adamw_torch_4bit"},
+            "needs torchao, which is missing; run: pip install torchao",
+        ),
+        (
+            {"report_to": ["wandb"]},
+            "train.report_to 'wandb' needs a package that is not installed; run: pip install",
+        ),
+        ({"report_to": ["paper"]}, "train.report_to must name some of "),
+    ],
+)
+def test_a_missing_package_is_named(train, message, models, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(packages, "installed", lambda _: None)
+    monkeypatch.setattr(packages, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    with pytest.raises(RunError, match=re.escape(message)):
+        run_training(a_recipe(models["ours"], data, tmp_path / "out", train=train))
 
 
 def test_several_processes_need_a_layout(models, data, tmp_path, monkeypatch):
