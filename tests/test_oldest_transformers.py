@@ -58,7 +58,7 @@ def test_dense_families_equal_their_copies_in_the_oldest():
 
 
 def test_a_training_that_was_stopped_goes_on_in_the_oldest():
-    chosen = "stopped_ends and (mixtral or stream) or falls and mixtral"
+    chosen = "(stopped_ends or falls) and mixtral"
     result = run("-m", "pytest", "-q", "-k", chosen, ROOT / "tests" / "moe_runtime" / "train" / "test_run.py")
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
-    assert "3 passed" in result.stdout
+    assert "2 passed" in result.stdout

@@ -1,6 +1,7 @@
 """The `train` command of `moe-runtime`."""
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,8 @@ def train_command(
             _print_plan(planned)
         return
     result = run_training(loaded, resume, console=Console(file=sys.stderr))
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes one speaks
+        return
     if as_json:
         typer.echo(json.dumps(asdict(result), indent=2))
         return

@@ -10,8 +10,10 @@ from torch import nn
 from moe_runtime.errors import RunError
 from moe_runtime.hf import MoeRuntimeForCausalLM
 from moe_runtime.hf.accelerate import accelerate_model, is_experts
+from moe_runtime.hf.document_attention import attend_by_document
 from moe_runtime.hf.loading import load_causal_lm
 from moe_runtime.hf.lora import CONFIG_NAME, add_expert_lora, load_expert_lora
+from moe_runtime.optional import installed
 from moe_runtime.routers import TopKRouter
 from moe_runtime.stats.layers import routed_layers
 
@@ -38,8 +40,19 @@ def prepare_model(recipe: TrainRecipe, checkpoint: Path | None = None) -> Prepar
     """
     # a checkpoint of adapters, or of a model in shards, has no config.json
     whole = checkpoint is not None and (checkpoint / "config.json").is_file()
-    model: Any = load_causal_lm(checkpoint if whole and checkpoint else recipe.model, dtype=torch.float32)
+    folder = checkpoint if whole and checkpoint else recipe.model
+    attention = attention_of(recipe, torch.cuda.is_available(), installed("flash_attn") is not None)
+    model: Any = load_causal_lm(folder, dtype=torch.float32, attention=attention)
     return set_up_model(model, recipe, checkpoint)
+
+
+def attention_of(recipe: TrainRecipe, on_gpu: bool, has_flash: bool) -> str | None:
+    """transformers' name of the attention for packed rows; None leaves the choice to transformers.
+
+    Flash attention knows where documents end and takes products of half precision only.
+    """
+    wanted = recipe.data.packing and recipe.train.precision == "bfloat16"
+    return "flash_attention_2" if wanted and on_gpu and has_flash else None
 
 
 def set_up_model(model: Any, recipe: TrainRecipe, checkpoint: Path | None = None) -> Prepared:
@@ -51,6 +64,8 @@ def set_up_model(model: Any, recipe: TrainRecipe, checkpoint: Path | None = None
     elif any(is_experts(module) for module in model.modules()):
         accelerate_model(model)
         model.config.output_router_logits = False  # the trainer has the auxiliary losses
+    if recipe.data.packing and not torch.cuda.is_available():
+        attend_by_document(model)
     obstacle = linear_loss_obstacle(model)
     if obstacle is None:
         use_linear_loss(model)

@@ -17,7 +17,7 @@ from moe_runtime.errors import RunError
 from moe_runtime.hf.loading import load_causal_lm
 from moe_runtime.train import packages
 from moe_runtime.train import run as run_module
-from moe_runtime.train.model import prepare_model
+from moe_runtime.train.model import attention_of, prepare_model
 from moe_runtime.train.run import run_training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -339,6 +339,24 @@ def test_one_expert_with_a_constant_gate_is_refused_before_data_is_read(tmp_path
         run_training(recipe)
     for changes in ({"moe": {"gate": "straight_through"}}, {"train": {"freeze": "gate"}}):
         prepare_model(a_recipe(model, tmp_path / "missing.jsonl", tmp_path / "out", **changes))
+
+
+@pytest.mark.parametrize(
+    ("precision", "packing", "on_gpu", "has_flash", "expected"),
+    [
+        ("bfloat16", True, True, True, "flash_attention_2"),
+        ("float32", True, True, True, None),
+        ("bfloat16", False, True, True, None),
+        ("bfloat16", True, False, True, None),
+        ("bfloat16", True, True, False, None),
+    ],
+)
+def test_flash_attention_is_for_packed_rows_in_half_precision(
+    precision, packing, on_gpu, has_flash, expected, tmp_path
+):
+    changes = {"train": {"precision": precision}, "data": {"packing": packing}}
+    recipe = a_recipe(tmp_path / "model", tmp_path / "data.jsonl", tmp_path / "out", **changes)
+    assert attention_of(recipe, on_gpu, has_flash) == expected
 
 
 def test_one_expert_of_mixtral_is_refused(tmp_path):
