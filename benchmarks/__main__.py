@@ -1,6 +1,7 @@
 """`python -m benchmarks run` times the suites, `… aot` compiles the kernels for GPUs that are not here,
-`… tune` measures launches on one that is, `… upcycling` times whole upcycling runs, `… compare` says what
-became slower between two result files, and `… report` rewrites the tables and plots made from the results."""
+`… tune` measures launches on one that is, `… upcycling` times whole upcycling runs, `… packing` trains on
+packed rows and on padded ones, `… compare` says what became slower between two result files, and `… report`
+rewrites the tables and plots made from the results."""
 
 import argparse
 import sys
@@ -70,7 +71,7 @@ def main() -> int:
         help="leave out other libraries, some of which tune themselves for minutes",
     )
     timing.set_defaults(call=run)
-    from benchmarks import aot, compare, tune, upcycling
+    from benchmarks import aot, compare, packing, tune, upcycling
     from benchmarks.ablation import command as ablation
 
     compiling = commands.add_parser("aot", help="compile every kernel without a GPU and check the result")
@@ -84,6 +85,9 @@ def main() -> int:
     writing = commands.add_parser("upcycling", help="time upcycling against copying its output's bytes")
     upcycling.add_arguments(writing)
     writing.set_defaults(call=upcycling.main)
+    packed = commands.add_parser("packing", help="train on packed rows and on padded ones, in turns")
+    packing.add_arguments(packed)
+    packed.set_defaults(call=packing.main)
     comparing = commands.add_parser("compare", help="what became slower between two result files")
     compare.add_arguments(comparing)
     comparing.set_defaults(call=compare.main)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import upcycling
+from benchmarks import packing, upcycling
 from benchmarks.ablation.section import ablation_rows, explained
 from benchmarks.ablation.summary import conclude, summarise
 from benchmarks.bars import BARS, MODEL
@@ -483,6 +483,7 @@ SECTIONS = {  # in the order of the page
         "through oneDNN, elsewhere it stays the same function. Timed in turns; medians.",
     ),
     "tune": _tuned_section,
+    "packing": packing.section,
     "upcycling": upcycling.section,
     "ablation": _ablation_section,
     "demo": _demo_section,
