@@ -5,23 +5,46 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from moe_runtime_kernels._cpu import onednn_product, onednn_takes
+from moe_runtime_kernels._cpu import onednn_is_asked_for, onednn_product, product, weight_grad
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class Linear(nn.Linear):
     """x [..., I] -> x @ weight.T + bias [..., O].
 
-    Float32 inference on the CPU may go through oneDNN after `torch.set_float32_matmul_precision("high")`.
+    Float32 products on the CPU, those of gradients too, may go through oneDNN after
+    `torch.set_float32_matmul_precision("high")`. A gradient then has no gradient of its own.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
-        trains_bias = torch.is_grad_enabled() and self.bias is not None and self.bias.requires_grad
-        if trains_bias or torch.is_autocast_enabled("cpu") or not onednn_takes(x, self.weight):
+        if torch.is_autocast_enabled("cpu") or not onednn_is_asked_for(x, self.weight):
             return super().forward(x)
-        return onednn_product(x, self.weight, self.bias)
+        return _OneDNNLinear.apply(x, self.weight, self.bias)
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    """All three products by oneDNN, which has no gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight_OI)
+        return onednn_product(x, weight_OI, bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_OI = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        grad = grad.contiguous()
+        grad_MO, x_MI = grad.flatten(0, -2), x.flatten(0, -2)
+        return (
+            product(grad, weight_OI.t()) if needs_x else None,
+            weight_grad(grad_MO, x_MI) if needs_weight else None,
+            grad_MO.sum(0) if needs_bias else None,
+        )
 
 
 @contextmanager

@@ -26,7 +26,13 @@ ONEDNN_IS_FASTER = _onednn_is_faster()
 
 
 def onednn_takes(x: Tensor, weight_OI: Tensor) -> bool:
-    """Whether `onednn_product` is right and faster for these operands; it has no gradient.
+    """Whether `onednn_product` is right and faster for these operands; it has no gradient."""
+    trains = torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad)
+    return not trains and onednn_is_asked_for(x, weight_OI)
+
+
+def onednn_is_asked_for(x: Tensor, weight_OI: Tensor) -> bool:
+    """The same, whether or not there is a gradient to be computed.
 
     Rows further apart than their width would take oneDNN's slow general path.
     """
@@ -40,7 +46,6 @@ def onednn_takes(x: Tensor, weight_OI: Tensor) -> bool:
         and onednn.matmul.fp32_precision in ("tf32", "bf16")
         and x.is_contiguous()
         and (weight_OI.is_contiguous() or weight_OI.t().is_contiguous())
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad))
         and x.numel() > 0
         and weight_OI.numel() > 0
     )
@@ -57,3 +62,11 @@ def product(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
     if onednn_takes(x_MI, weight_OI) and not trains_bias:
         return onednn_product(x_MI, weight_OI, bias_O)
     return torch.nn.functional.linear(x_MI, weight_OI, bias_O)
+
+
+def weight_grad(grad_MO: Tensor, x_MI: Tensor) -> Tensor:
+    """grad.T @ x [O, I], the gradient of the weight of `product`, without autograd."""
+    x_IM = x_MI.t()
+    if onednn_takes(grad_MO, x_IM):
+        return onednn_product(grad_MO.t(), x_IM)  # columns that lie apart it packs itself
+    return grad_MO.t() @ x_MI

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._activations import activate, activate_backward
-from ._cpu import onednn_takes, product
+from ._cpu import onednn_takes, product, weight_grad
 from ._dispatch import accumulator
 from .combine import combine_blocks
 
@@ -340,7 +340,9 @@ def _weight_grad(
     """The gradients of a group's matrices, written, or added to the main gradients."""
     grad_nOM = grad_RO.view(-1, group.height, grad_RO.shape[1]).transpose(1, 2)
     x_nMI = x_RI.view(-1, group.height, x_RI.shape[1])
-    if main_grad_EOI is None:
+    if main_grad_EOI is None and onednn_takes(grad_RO, x_RI.t()):  # a group is then one expert
+        dweight_EOI[group.experts.start] = weight_grad(grad_RO, x_RI)
+    elif main_grad_EOI is None:
         torch.bmm(grad_nOM, x_nMI, out=dweight_EOI[group.experts])
     else:
         acc = main_grad_EOI.dtype

@@ -15,6 +15,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from moe_runtime_kernels._cpu import onednn_takes, product, weight_grad
 from moe_runtime_kernels._dispatch import accumulator, cast_for_autocast
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -55,7 +56,10 @@ def linear_cross_entropy(
         counted = (target_T != ignore_index).nonzero().squeeze(1)
         if len(counted) < len(target_T):
             x_TD, target_T = x_TD.index_select(0, counted), target_T[counted]
-    return _LinearCrossEntropy.apply(x_TD, weight_VD, bias_V, target_T, cap, ignore_index)
+    operands = (x_TD, weight_VD, bias_V)
+    if not torch.is_grad_enabled():  # or gradients would be made for nobody
+        operands = tuple(None if operand is None else operand.detach() for operand in operands)
+    return _LinearCrossEntropy.apply(*operands, target_T, cap, ignore_index)
 
 
 def _is_traced(x: Tensor) -> bool:
@@ -77,14 +81,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # as many rows as the width: a chunk's logits are no larger than the gradient of the weight
             for start in range(0, T, D):
                 rows = slice(start, start + D)
-                z_MV = _logits(x_TD[rows], weight_VD, bias_V).to(acc)
+                z_MV = product(x_TD[rows], weight_VD, bias_V).to(acc)
                 part, dz_MV = _chunk(z_MV, target_T[rows], cap, ignore_index, any(ctx.needs_input_grad))
                 loss += part
                 if dbias_V is not None:
                     dbias_V += dz_MV.sum(0)
                 dz_MV = dz_MV.to(x_TD.dtype)
                 if dx_TD is not None:
-                    torch.mm(dz_MV, weight_VD, out=dx_TD[rows])
+                    dx_TD[rows] = product(dz_MV, weight_VD.t())
                 if dweight_VD is not None:
                     _add_product(dweight_VD, dz_MV, x_TD[rows])
         ctx.save_for_backward(dx_TD, dweight_VD, dbias_V)
@@ -100,15 +104,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def _logits(x_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(x_MD, weight_VD, bias_V)
-
-
 def _add_product(dweight_VD: Tensor, dz_MV: Tensor, x_MD: Tensor) -> None:
-    if dweight_VD.dtype == x_MD.dtype:
+    if dweight_VD.dtype == x_MD.dtype and not onednn_takes(dz_MV, x_MD.t()):
         dweight_VD.addmm_(dz_MV.t(), x_MD)
     else:
-        dweight_VD += dz_MV.t() @ x_MD
+        dweight_VD += weight_grad(dz_MV, x_MD)
 
 
 def _chunk(

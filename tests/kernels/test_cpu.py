@@ -38,6 +38,16 @@ def test_the_product_is_that_of_pytorch(M, I, O, with_bias, transposed):
     assert_close_to_exact("product", _cpu.product(x_MI, weight_OI, bias_O), plain, exact)
 
 
+@onednn
+@pytest.mark.parametrize(("M", "I", "O"), [(1, 7, 5), (16, 64, 96), (65, 130, 33)])
+def test_the_gradient_of_the_weight_is_that_of_pytorch(M, I, O):
+    torch.manual_seed(M)
+    grad_MO, x_MI = torch.randn(M, O), torch.randn(M, I)
+    assert _cpu.onednn_takes(grad_MO, x_MI.t())
+    exact = grad_MO.double().t() @ x_MI.double()
+    assert_close_to_exact("gradient", _cpu.weight_grad(grad_MO, x_MI), grad_MO.t() @ x_MI, exact)
+
+
 def test_what_onednn_would_do_wrong_or_slowly_stays_with_pytorch():
     x_MI, weight_OI = torch.randn(8, 16), torch.randn(4, 16)
     assert not _cpu.onednn_takes(torch.randn(8, 32)[:, :16], weight_OI)  # rows apart: a slow general path

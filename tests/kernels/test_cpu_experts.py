@@ -5,7 +5,7 @@ import torch
 from close import assert_close_to_exact
 from expert_layers import NAMES, layer, make_inputs
 from inputs import PATTERNS, Routing, choose, run
-from moe_runtime_kernels import _cpu_experts, make_plan
+from moe_runtime_kernels import _cpu, _cpu_experts, make_plan
 from moe_runtime_kernels._cpu_experts import MOST_EXPERTS, chunks, make_blocks, make_groups
 from moe_runtime_kernels.combine import TOKENS, combine_blocks, combine_reference
 from moe_runtime_kernels.expert_ffn import expert_ffn_backward_reference, expert_ffn_reference
@@ -57,6 +57,26 @@ def test_small_chunks_and_caches_are_the_reference(dtype, monkeypatch):
     monkeypatch.setattr(_cpu_experts, "MOST_HIDDEN", 2000)
     monkeypatch.setattr(_cpu_experts, "CACHED", 700)
     assert_is_the_reference(Routing(70, 3, 20), dtype)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
+def test_gradients_through_onednn_are_the_reference(monkeypatch):
+    calls = []
+
+    def spy(grad_MO, x_MI):
+        assert _cpu.onednn_takes(grad_MO, x_MI.t())
+        calls.append(len(grad_MO))
+        return _cpu.weight_grad(grad_MO, x_MI)
+
+    monkeypatch.setattr(_cpu, "ONEDNN_IS_FASTER", True)
+    monkeypatch.setattr(_cpu_experts, "weight_grad", spy)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert_is_the_reference(Routing(300, 4, 5), torch.float32)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert sum(calls) == 2 * 300 * 4  # of both matrices
 
 
 def test_groups_are_neighbours_with_about_as_many_rows():

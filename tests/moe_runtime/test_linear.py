@@ -1,7 +1,8 @@
-"""The linear layer is torch.nn.Linear wherever a gradient, autocast or a compiler is at work."""
+"""The linear layer is torch.nn.Linear where autocast or a compiler is at work, and unless asked otherwise."""
 
 import pytest
 import torch
+from close import assert_close_to_exact
 from moe_runtime_kernels import _cpu
 from torch import nn
 
@@ -37,20 +38,27 @@ def test_inference_goes_through_onednn(used, bias):
     torch.testing.assert_close(y, nn.functional.linear(x, layer.weight, layer.bias).detach())
 
 
-def test_frozen_layers_without_a_gradient_to_pass_on_go_through_onednn(used):
-    layer = Linear(24, 16).requires_grad_(False)
-    layer(torch.randn(3, 24))
-    assert used == [(3, 24)]
-    layer(torch.randn(3, 24, requires_grad=True)).sum().backward()
-    layer.bias.requires_grad_(True)
-    layer(torch.randn(3, 24)).sum().backward()
-    assert used == [(3, 24)]
+@pytest.mark.parametrize("trained", ["weight", "bias", "x", "all"])
+def test_gradients_are_those_of_pytorch(used, trained):
+    layer, x = Linear(24, 16), torch.randn(2, 5, 24)
+    leaves = {"weight": layer.weight, "bias": layer.bias, "x": x}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(trained in (name, "all"))
+    grad = torch.randn(2, 16, 5).transpose(1, 2)  # rows apart
+    wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    actual = torch.autograd.grad(layer(x), wanted, grad)
+    assert used == [(2, 5, 24)]
+    same = torch.autograd.grad(nn.functional.linear(x, layer.weight, layer.bias), wanted, grad)
+    exact = [leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in leaves.values()]
+    weight, bias, x = exact
+    y = nn.functional.linear(x, weight, bias)
+    exact = torch.autograd.grad(y, [leaf for leaf in exact if leaf.requires_grad], grad.double())
+    for ours, pytorchs, right in zip(actual, same, exact, strict=True):
+        assert_close_to_exact("gradient", ours, pytorchs, right)
 
 
-def test_training_and_autocast_are_pytorchs(used):
+def test_autocast_is_pytorchs(used):
     layer, x = Linear(24, 16), torch.randn(3, 24)
-    layer(x).sum().backward()
-    assert layer.weight.grad is not None
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
     assert used == []

@@ -1,11 +1,13 @@
 """The loss of a head without its logits: the same numbers as with them, in functions and in whole models."""
 
 import copy
+import math
 
 import pytest
 import torch
 from close import assert_close_to_exact
 from moe_families import tiny_family
+from moe_runtime_kernels import _cpu
 from tiny_models import DENSE, MOE, assert_equal_up_to_rounding, randn, tiny_model, tokens
 from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,6 +60,21 @@ class TestFunction:
             else:
                 assert_close_to_exact(name, actual[name], same[name], exact[name])
 
+    @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
+    def test_products_through_onednn_are_the_same(self, monkeypatch):
+        same, exact = (run(with_logits, torch.float32, compute=dtype) for dtype in (None, torch.float64))
+        monkeypatch.setattr(_cpu, "ONEDNN_IS_FASTER", True)
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            with Operations() as seen:
+                actual = run(linear_cross_entropy, torch.float32)
+        finally:
+            torch.set_float32_matmul_precision(before)
+        assert torch.ops.aten.addmm_.default not in seen.names
+        for name in exact:
+            assert_close_to_exact(name, actual[name], same[name], exact[name])
+
     @pytest.mark.parametrize("num_ignored", [0, T - 1])
     def test_counts_only_what_is_not_ignored(self, num_ignored):
         target_T = make_target(num_ignored)
@@ -84,6 +101,13 @@ class TestFunction:
         assert_equal_up_to_rounding("dx", mine, x_TD.grad)
         assert weight_VD.grad is None
 
+    def test_evaluation_makes_no_gradients(self):
+        x_TD, weight_VD, target_T = randn(T, D).requires_grad_(), randn(V, D).requires_grad_(), make_target()
+        expected = linear_cross_entropy(x_TD, weight_VD, target_T)
+        with torch.no_grad(), Operations() as seen:
+            assert torch.equal(linear_cross_entropy(x_TD, weight_VD, target_T), expected.detach())
+        assert (V, D) not in seen.shapes
+
     def test_a_second_backward_pass_is_an_error(self):
         x_TD = randn(T, D).requires_grad_()
         loss = linear_cross_entropy(x_TD, randn(V, D), make_target())
@@ -93,21 +117,28 @@ class TestFunction:
 
     def test_holds_no_logits_of_all_rows(self):
         x_TD, weight_VD = randn(16 * D, D).requires_grad_(), randn(V, D).requires_grad_()
-        with LargestTensor() as seen:
+        with Operations() as seen:
             linear_cross_entropy(x_TD, weight_VD, torch.zeros(16 * D, dtype=torch.long)).backward()
-        assert V * D <= seen.numel <= 16 * D * D
-        assert seen.numel < 16 * D * V / 4
+        assert (V, D) in seen.shapes
+        assert (D, V) in seen.shapes
+        assert max(map(math.prod, seen.shapes)) < 16 * D * V / 4
 
 
-class LargestTensor(TorchDispatchMode):
-    """The most elements of a tensor that any operation returned."""
+class Operations(TorchDispatchMode):
+    """The operations, and the shapes of the tensors that they made."""
 
-    numel = 0
+    def __init__(self):
+        super().__init__()
+        self.shapes, self.names = set(), set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        self.numel = max([self.numel, *sizes])
+        self.names.add(func)
+        self.shapes |= {
+            tuple(leaf.shape)
+            for leaf in tree_leaves(out)
+            if isinstance(leaf, torch.Tensor) and not func.is_view
+        }
         return out
 
 
