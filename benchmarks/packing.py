@@ -156,8 +156,8 @@ def section(content: dict[str, Any], path: Path, root: Path) -> list[str]:
         for name, timing in row["timings"].items()
     ]
     explained = (
-        f"One training step of a mixture ({row['case']['model']}) over {row['samples']} instructions "
-        f"of {row['tasks']} tasks (`moe-runtime instructions`), at most {row['case']['length']} tokens a row. "
+        f"One training step of a mixture ({row['case']['model']}) over {row['samples']} instructions of "
+        f"{row['tasks']} tasks (`moe-runtime instructions`); rows have up to {row['case']['length']} tokens. "
         "Packed rows attend document by document, or by a mask over the row. Counted tokens are those of the "
         "completions. float32; timed in turns; medians."
     )
