@@ -1,7 +1,7 @@
 """Models trained by this project's own parallelism, in gloo processes that fork after the imports.
 
-`run` starts two processes, then one that goes on with their checkpoint, then two that go on with its, and
-four. Each process writes what it saw.
+`run` starts the worlds it is asked for, one after the other: "one" goes on with a checkpoint of "two", and
+"two-again" with one of "one". Each process writes what it saw.
 """
 
 import os
@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import transformers
 from moe_families import tiny_family
 from tiny_models import DENSE, MOE, tiny_model, tokens
 from torch import distributed
@@ -23,6 +24,7 @@ from moe_runtime.distributed.mesh import make_layout
 from moe_runtime.distributed.recipe import ParallelRecipe
 from moe_runtime.distributed.shard import parallelize
 from moe_runtime.errors import RunError
+from moe_runtime.train.parallel import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, HALF_WAY = 20, 10
@@ -44,13 +46,9 @@ DROPOUT = {"expert_dropout": 0.2}
 MODELS = {
     "own": lambda **changes: tiny_model(MOE, **AUXILIARY, **changes),
     "lopsided": lambda: lopsided(),
-    "mixtral": lambda: family("mixtral"),
-    "gpt_oss": lambda: family("gpt_oss"),
 }
-TRAINED = [
-    *(("own", recipe) for recipe in RECIPES),
-    *((model, "experts-and-fsdp") for model in MODELS if model != "own"),
-]
+TRAINED = [*(("own", recipe) for recipe in RECIPES), ("lopsided", "experts-and-fsdp")]
+FAMILIES = ("mixtral", "gpt_oss")
 E = 4  # of the exchanges below
 # expert of each row, sorted, by process
 EXCHANGES = {
@@ -117,11 +115,11 @@ def make_scheduler(optimizer):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.1 * step))
 
 
-def run(folder, *first_on_path):
+def run(folder, worlds, *first_on_path):
     """What each process of each world saw; `first_on_path` hides installed packages."""
     path = (*first_on_path, ROOT, ROOT / "kernels", ROOT / "tests")
     done = subprocess.run(
-        [sys.executable, __file__, str(folder)],
+        [sys.executable, __file__, str(folder), *worlds],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -129,8 +127,8 @@ def run(folder, *first_on_path):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return {
-        world: [torch.load(folder / f"{world}-rank{rank}.pt") for rank in range(size)]
-        for world, (size, _) in WORLDS.items()
+        world: [torch.load(folder / f"{world}-rank{rank}.pt") for rank in range(WORLDS[world][0])]
+        for world in worlds
     }
 
 
@@ -162,6 +160,12 @@ def of_two(folder, rank):
         "indivisible": refused(tiny_model(MOE), recipe),
         "dense": refused(tiny_model(DENSE), recipe),
     }
+    with torch.autocast("cpu", torch.bfloat16):
+        seen["autocast"] = trained(MODELS["own"](), recipe, rank, 2, steps=3)
+    seen["summed-later"] = summed_later(rank)
+    seen["factored"] = refused_optimizer(recipe, folder / "factored")
+    if rank == 0:  # of a run that was killed while it saved
+        (folder / ".of-two.incomplete" / "old").mkdir(parents=True)
     seen["straight"] = saved_half_way(MODELS["own"](), recipe, rank, 2, folder / "of-two")
     seen["dropout"] = saved_half_way(MODELS["own"](**DROPOUT), recipe, rank, 2, folder / "dropout")
     return seen
@@ -194,7 +198,18 @@ def of_four(folder, rank):
     }
 
 
-WORLDS = {"two": (2, of_two), "one": (1, of_one), "two-again": (2, of_two_again), "four": (4, of_four)}
+def of_families(folder, rank):
+    seen = {name: trained(family(name), RECIPES["experts-and-fsdp"], rank, 2, steps=5) for name in FAMILIES}
+    return seen | {"version": transformers.__version__}
+
+
+WORLDS = {
+    "two": (2, of_two),
+    "one": (1, of_one),
+    "two-again": (2, of_two_again),
+    "four": (4, of_four),
+    "families": (2, of_families),
+}
 
 
 def exchanged(name, dtype, rank):
@@ -228,6 +243,29 @@ def clipped(model):
 def refused(model, recipe):
     try:
         parallelize(model, make_layout(recipe))
+    except RunError as error:
+        return str(error)
+
+
+def summed_later(rank):
+    """Gradients of two micro-batches, of which the first keeps its own in the process."""
+    model = prepare(MODELS["own"]().train(), RECIPES["experts"])
+    first, second = rows(0, rank, 2).split(1)
+    with model.no_sync():
+        backward(model, first)
+    kept = all(parameter.grad is None for parameter in model.parameters())
+    backward(model, second)
+    return {"kept": kept, "grads": whole_gradients(model)}
+
+
+def refused_optimizer(recipe, target):
+    model = MODELS["own"]()
+    parallelize(model, make_layout(recipe))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    parameter = model.lm_head.weight
+    optimizer.state[parameter]["exp_avg_sq_row"] = torch.zeros(len(parameter))
+    try:
+        save_checkpoint(target, model, optimizer, make_scheduler(optimizer), 1)
     except RunError as error:
         return str(error)
 
@@ -288,7 +326,8 @@ def scheduled(model, optimizer, scheduler, steps, rank, size):
 
 
 if __name__ == "__main__":
-    for world, (size, _) in WORLDS.items():
+    for world in sys.argv[2:]:
+        size, _ = WORLDS[world]
         torch.multiprocessing.start_processes(
             work, (world, Path(sys.argv[1])), nprocs=size, start_method="fork"
         )

@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ def _read_metadata(folder: str | Path) -> Metadata:
 
 
 def load_model(folder: str | Path, model: nn.Module) -> None:
-    """Read the model alone, in place; also in one process that torchrun did not start.
+    """Read the model alone, in place; without other processes too, into a model as it was loaded.
 
     Raises:
         RunError: as `load_state`.
@@ -200,7 +201,9 @@ def load_model(folder: str | Path, model: nn.Module) -> None:
     if differing:
         name = min(name for name, _ in differing).removeprefix("model.")
         raise RunError(f"{folder} must hold this model, and holds another: see {name}")
-    dcp.load(tensors, checkpoint_id=folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, checkpoint_id=folder)
 
 
 def _load_optimizer(folder: str | Path, metadata: Metadata, model: nn.Module, optimizer: Optimizer) -> None:

@@ -1,6 +1,9 @@
 """The section `parallel:` of a training run: what the trainer asks of `moe_runtime.distributed`."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from moe_runtime.distributed.checkpoint import load_state, save_state, whole_state_dict
@@ -26,4 +29,19 @@ def prepare(model: Any, recipe: ParallelRecipe) -> Any:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     parallelize(model, make_layout(recipe))
     model._is_accelerate_prepared = True  # accelerate would wrap it in DistributedDataParallel
+    if recipe.data == "ddp":
+        model.no_sync = partial(_summing_later, model)
     return model
+
+
+@contextmanager
+def _summing_later(model: Any) -> Iterator[None]:
+    """Gradients stay in their processes; accelerate enters this for all but the last micro-batch.
+
+    Not where parameters are in parts: whole gradients would take the memory that the parts save.
+    """
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)

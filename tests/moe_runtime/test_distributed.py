@@ -3,14 +3,17 @@
 import copy
 import sys
 from functools import cache
+from pathlib import Path
 
 import parallel_runs
 import pytest
 import torch
+import transformers
 from parallel_runs import (
     AUXILIARY,
     DTYPES,
     EXCHANGES,
+    FAMILIES,
     HALF_WAY,
     MAX_NORM,
     MODELS,
@@ -19,6 +22,7 @@ from parallel_runs import (
     TRAINED,
     backward,
     exchange_rows,
+    family,
     groups_of,
     make_optimizer,
     make_scheduler,
@@ -27,15 +31,16 @@ from parallel_runs import (
 )
 from tiny_models import MOE, assert_equal_up_to_rounding, tiny_model
 
+from moe_runtime.distributed.checkpoint import load_model
 from moe_runtime.distributed.mesh import start
 from moe_runtime.distributed.recipe import ParallelRecipe
 from moe_runtime.errors import RunError
-from moe_runtime.hf.export_state import export_state
-from moe_runtime.hf.loading import load_causal_lm
 
 # float32 sums that several processes add in another order, through two layers and back
 BOUND = 5e-5
 LOSSES = 1e-5  # of 20 steps
+BFLOAT16 = 2**-8  # distance of 1 from the next number
+OLDEST = Path(sys.prefix) / "transformers-oldest"
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the processes are forks"),
@@ -50,7 +55,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seen(folder):
-    return parallel_runs.run(folder)
+    return parallel_runs.run(folder, ("two", "one", "two-again", "four", "families"))
+
+
+@pytest.fixture(scope="module")
+def oldest(tmp_path_factory):
+    if not OLDEST.exists():
+        pytest.skip(f"{OLDEST} is missing; requirements/install.sh makes it")
+    return parallel_runs.run(tmp_path_factory.mktemp("oldest"), ("families",), OLDEST)
 
 
 def clipped(model):
@@ -60,7 +72,10 @@ def clipped(model):
 @cache
 def alone(name, experts=AUXILIARY["num_experts"]):
     """Gradients, losses and norms of one process that has all rows."""
-    model = tiny_model(MOE, **AUXILIARY | {"num_experts": experts}) if name == "own" else MODELS[name]()
+    if name in FAMILIES:
+        model = family(name)
+    else:
+        model = tiny_model(MOE, **AUXILIARY | {"num_experts": experts}) if name == "own" else MODELS[name]()
     model.train()
     backward(model, rows(0))
     grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.requires_grad}
@@ -122,6 +137,36 @@ def test_two_processes_train_as_one(model, recipe, seen):
     assert_same_training(seen["two"], f"{model}-{recipe}", alone(model))
 
 
+@pytest.mark.parametrize("version", ["newest", "oldest"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_models_of_transformers_train_as_in_one_process(name, version, request):
+    """With experts by two processes and everything else in parts."""
+    if version == "newest":
+        processes = request.getfixturevalue("seen")["families"]
+        assert processes[0]["version"] == transformers.__version__
+    else:
+        processes = request.getfixturevalue("oldest")["families"]
+        assert processes[0]["version"].startswith("5.17.")
+    assert_same_training(processes, name, alone(name))
+
+
+def test_gradients_of_copies_are_summed_over_processes_once(seen):
+    for process in seen["two"]:
+        assert process["summed-later"]["kept"]
+    for name, grad in alone("own")[0].items():
+        # of sums over two rows in the place of means over four
+        assert_equal_up_to_rounding(name, seen["two"][0]["summed-later"]["grads"][name], 2 * grad, BOUND)
+
+
+def test_autocast_is_that_of_one_process(seen):
+    with torch.autocast("cpu", torch.bfloat16):
+        model = MODELS["own"]().train()
+        losses, _ = train(model, make_optimizer(groups_of(model)), clipped, range(3))
+    actual = seen["two"][0]["autocast"]["losses"]
+    assert actual == pytest.approx(losses, rel=BFLOAT16)
+    assert actual != pytest.approx(alone("own")[1][:3], rel=LOSSES)
+
+
 @pytest.mark.parametrize("experts", [6, 8])
 @pytest.mark.parametrize("recipe", ["experts", "experts-and-fsdp"])
 def test_four_processes_of_which_two_hold_the_same_experts_train_as_one(recipe, experts, seen):
@@ -160,23 +205,27 @@ class TestCheckpoints:
             assert resumed["dropout"]["losses"] == straight["dropout"]["losses"][HALF_WAY:]
         assert seen["two"][0]["dropout"]["losses"] != seen["two"][0]["straight"]["losses"]
 
-    def test_becomes_a_plain_model_folder(self, seen, folder, tmp_path):
-        MODELS["own"]().save_pretrained(tmp_path / "base")
-        export_state(folder / "of-two", tmp_path / "base", tmp_path / "plain")
-        model = load_causal_lm(tmp_path / "plain")
+    def test_is_read_without_processes(self, seen, folder):
+        model = tiny_model(MOE, seed=1, **AUXILIARY)
+        load_model(folder / "of-two", model)
         weights = seen["two"][0]["straight"]["weights"]
         for name, weight in model.state_dict().items():
             assert torch.equal(weight, weights[name]), name
-        with pytest.raises(RunError, match="plain must not exist yet, and it does"):
-            export_state(folder / "of-two", tmp_path / "base", tmp_path / "plain")
 
     def test_of_another_model_is_refused(self, seen, folder, tmp_path):
-        tiny_model(MOE).save_pretrained(tmp_path / "base")
         with pytest.raises(RunError, match=r"must hold this model, and holds another: see model\.layers\.0"):
-            export_state(folder / "of-two", tmp_path / "base", tmp_path / "plain")
+            load_model(folder / "of-two", tiny_model(MOE))
         with pytest.raises(RunError, match="must be a checkpoint of several processes, and holds none"):
-            export_state(tmp_path / "base", tmp_path / "base", tmp_path / "plain")
-        assert not (tmp_path / "plain").exists()
+            load_model(tmp_path, tiny_model(MOE))
+
+    def test_is_whole_or_not_there(self, seen, folder):
+        assert seen["two"][0]["factored"] == (
+            "train.optimizer must keep numbers, and tensors in the shape of a parameter, on several "
+            "processes, got SGD, which keeps exp_avg_sq_row of lm_head.weight"
+        )
+        assert not (folder / "factored").exists()
+        assert not (folder / "of-two" / "old").exists()
+        assert not (folder / ".of-two.incomplete").exists()
 
 
 class TestBadInput:
