@@ -158,7 +158,8 @@ def _fields(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _all(output: Path) -> list[Path]:
-    return [path for path in (output / FOLDER).glob("checkpoint-*") if (path / RUN_NAME).is_file()]
+    numbered = (path for path in (output / FOLDER).glob("checkpoint-*") if path.name[11:].isdecimal())
+    return [path for path in numbered if (path / RUN_NAME).is_file()]
 
 
 def _step(checkpoint: Path) -> int:

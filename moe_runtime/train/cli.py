@@ -24,6 +24,10 @@ def train_command(
     from .recipe import load_recipe
 
     loaded = load_recipe(recipe)
+    import torch
+
+    from moe_runtime.machine import keep_freed_memory
+
     from .run import plan_training, run_training
 
     if dry_run:
@@ -33,6 +37,9 @@ def train_command(
         else:
             _print_plan(planned)
         return
+    keep_freed_memory()
+    if not torch.cuda.is_available():  # on a GPU it would mean TF32
+        torch.set_float32_matmul_precision("high")
     result = run_training(loaded, resume, console=Console(file=sys.stderr))
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes one speaks
         return

@@ -13,6 +13,7 @@ from moe_runtime.machine import describe_machine
 from . import checkpoints
 from .card import model_card
 from .model import Prepared, prepare_model
+from .recipe import MoeSection, TrainRecipe
 from .trainer import MoeTrainer, save_whole
 
 RECORD_NAME = "training.json"  # written last: its presence says that the output is whole
@@ -63,7 +64,7 @@ def write_output(trainer: MoeTrainer, prepared: Prepared, about_data: Any, resul
             if state is not None:
                 model = prepare_model(trainer.recipe).model
                 model.load_state_dict(state, strict=False)  # without the second name of a tied head
-            _fill(unfinished, trainer, model)
+            fill(unfinished, trainer.recipe, model)
             _put_in_place(unfinished, output)
             record = _record(trainer, prepared, about_data, result)
             (output / "README.md").write_text(model_card(trainer.recipe, record), encoding="utf-8")
@@ -79,13 +80,14 @@ def write_output(trainer: MoeTrainer, prepared: Prepared, about_data: Any, resul
     trainer.accelerator.wait_for_everyone()
 
 
-def _fill(folder: Path, trainer: MoeTrainer, model: Any) -> None:
+def fill(folder: Path, recipe: TrainRecipe, model: Any) -> None:
+    """Write a trained model and its tokenizer into a new folder. Adapters are written apart and merged."""
     folder.mkdir(parents=True)
-    if trainer.recipe.train.lora is not None:
+    if recipe.train.lora is not None:
         save_expert_lora(model, folder / ADAPTER_NAME)
         merge_expert_lora(model)
-    save_whole(model, folder, trainer.moe)
-    load_tokenizer(trainer.recipe.model).save_pretrained(folder)
+    save_whole(model, folder, recipe.moe or MoeSection())
+    load_tokenizer(recipe.model).save_pretrained(folder)
 
 
 def _put_in_place(folder: Path, output: Path) -> None:

@@ -125,7 +125,13 @@ def _check_output(output: Path, resume: bool) -> Path | None:
     if output.exists() and not output.is_dir():
         raise RunError(f"output must be a folder, and {output} is a file")
     if resume:
-        return checkpoints.newest(output)
+        newest = checkpoints.newest(output)
+        others = output.is_dir() and any(path.name != checkpoints.FOLDER for path in output.iterdir())
+        if newest is None and others:
+            raise RunError(
+                f"output must hold a run to go on with, got {output}, which has files but no checkpoint"
+            )
+        return newest
     if output.is_dir() and any(output.iterdir()):
         raise RunError(
             f"output must be a new or empty folder, got {output}, which has files; --resume goes "

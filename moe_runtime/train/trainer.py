@@ -272,8 +272,9 @@ class MoeTrainer(Trainer):
         self.window.add(total=update.total)
         self.seen = update.total[1:3] if self.seen is None else self.seen + update.total[1:3]
         if self.moe.bias_update and self.watch and update.count_LE is not None:
-            self._sum_over_processes(update.count_LE)
-            for layer, count_E in zip(self.watch.layers, update.count_LE, strict=True):
+            count_LE = update.count_LE.clone()  # the window may hold the same tensor
+            self._sum_over_processes(count_LE)
+            for layer, count_E in zip(self.watch.layers, count_LE, strict=True):
                 update_selection_bias(layer.router, count_E, self.moe.bias_update)
 
     def _sum_over_processes(self, values: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Whole runs: what they write, how they go on, and what they refuse."""
 
+import dataclasses
 import json
 import re
 import resource
@@ -17,6 +18,7 @@ from moe_runtime.errors import RunError
 from moe_runtime.hf.loading import load_causal_lm
 from moe_runtime.train import packages
 from moe_runtime.train import run as run_module
+from moe_runtime.train.data.load import load_train_data
 from moe_runtime.train.model import attention_of, prepare_model
 from moe_runtime.train.run import run_training
 
@@ -32,6 +34,14 @@ def assert_same_weights(folder, other):
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
+
+
+@pytest.fixture(autouse=True)
+def _precision_of_products():
+    """The command changes it, for its process."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 # --- what a run writes ---
@@ -400,6 +410,15 @@ def test_a_missing_package_is_named(train, message, models, data, tmp_path, monk
         run_training(a_recipe(models["ours"], data, tmp_path / "out", train=train))
 
 
+def test_there_must_be_a_run_to_go_on_with(models, data, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").touch()
+    with pytest.raises(
+        RunError, match=r"^output must hold a run to go on with, got .*, which has files but no"
+    ):
+        run_training(a_recipe(models["ours"], data, tmp_path / "out"), resume=True)
+
+
 def test_several_processes_need_a_layout(models, data, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
@@ -422,6 +441,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(models, data, tmp_path):
     )
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-1"]
     assert not (tmp_path / "out" / "training.json").exists()
+
+
+def test_a_step_without_labels_is_named(models, data, tmp_path, monkeypatch):
+    def without_labels(*arguments):
+        loaded = load_train_data(*arguments)
+
+        def collate(rows):
+            batch = loaded.collator(rows)
+            return batch | {"labels": torch.full_like(batch["labels"], -100)}
+
+        return dataclasses.replace(loaded, collator=collate)
+
+    monkeypatch.setattr(run_module, "load_train_data", without_labels)
+    with pytest.raises(
+        RunError, match=r"^no label counts in step 1, in the samples \d+, \d+, \d+, \d+ \(losses nan,"
+    ):
+        run_training(a_recipe(models["ours"], data, tmp_path / "out"))
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(models, data, tmp_path):
