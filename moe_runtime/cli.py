@@ -20,6 +20,8 @@ from .shapes import SHAPES, named_shape
 from .stats.cli import stats_command
 from .train.cli import train_command
 from .train.data.instructions_cli import instructions_command
+from .train.plan_cli import plan_command
+from .train.export_cli import export_command
 
 app = typer.Typer(
     name="moe-runtime",
@@ -204,6 +206,10 @@ app.command("eval", epilog="Example: moe-runtime eval runs/copy --text prose.txt
 app.command("instructions", epilog="Example: moe-runtime instructions tasks --samples 2000")(
     instructions_command
 )
+app.command("export", epilog="Example: moe-runtime export runs/tuned/checkpoints/checkpoint-50 runs/at-50")(
+    export_command
+)
+app.command("plan", epilog="Example: moe-runtime plan recipe.yaml --processes 4")(plan_command)
 app.command("profile", epilog="Example: moe-runtime profile runs/copy --html")(profile_command)
 app.command("replicas", epilog="Example: moe-runtime replicas runs/copy --text code.txt --experts 12")(
     replicas_command

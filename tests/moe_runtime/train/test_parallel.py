@@ -7,7 +7,8 @@ import pytest
 import torch
 from parallel_training import GOES_ON, HALF_WAY, LAYOUTS, STEPS
 
-from moe_runtime.hf.loading import json_object, load_causal_lm
+from moe_runtime import cli
+from moe_runtime.hf.loading import json_object, load_causal_lm, load_tokenizer
 
 LOSSES = 1e-5  # of 20 steps in float32
 NAMES = ("loss", "lm_loss", "balance_loss", "z_loss", "grad_norm")
@@ -58,6 +59,23 @@ def test_goes_on_in_one_process(folder):
 def test_checkpoints_are_whole_and_few(folder):
     names = {path.name for path in (folder / GOES_ON / "checkpoints").iterdir()}
     assert names == {f"checkpoint-{step}" for step in (HALF_WAY, STEPS)}
+
+
+@pytest.mark.parametrize("name", ["one", GOES_ON])
+def test_a_checkpoint_becomes_a_plain_folder(name, folder, tmp_path, capsys):
+    """One of two processes, and one that was whole already."""
+    last = folder / name / "checkpoints" / f"checkpoint-{STEPS}"
+    assert cli.main(["export", str(last), str(tmp_path / "plain")]) == 0
+    expected, actual = (load_causal_lm(path) for path in (folder / name, tmp_path / "plain"))
+    assert actual.config.to_diff_dict() == expected.config.to_diff_dict()
+    for key, weight in expected.state_dict().items():
+        assert torch.equal(actual.state_dict()[key], weight), key
+    assert load_tokenizer(tmp_path / "plain").vocab_size == load_tokenizer(folder / name).vocab_size
+    assert cli.main(["export", str(last), str(tmp_path / "plain")]) == 2
+    assert f"output must be a new folder, and {tmp_path / 'plain'} exists" in capsys.readouterr().err
+    assert cli.main(["export", str(folder / "model"), str(tmp_path / "other")]) == 2
+    assert "run.json must say what the checkpoint is of" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("parameter", ["tokens", "flops"])
