@@ -18,7 +18,7 @@ from training_runs import a_recipe, save_data, save_model
 from moe_runtime.hf.loading import load_causal_lm
 from moe_runtime.train.run import run_training
 
-STEPS = 24
+STEPS = 16
 
 
 def recipe(folder, kind, output):

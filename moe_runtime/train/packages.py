@@ -20,6 +20,10 @@ def check_packages(section: TrainSection) -> None:
     Raises:
         RunError: with the line that installs it; or `report_to` names what Trainer does not know.
     """
+    if not installed("accelerate"):
+        raise RunError(
+            "training needs accelerate, which is not installed; run: pip install 'moe-runtime[train]'"
+        )
     name = section.optimizer
     if name not in OF_TORCH:
         package = "torchao" if name in TORCHAO else "bitsandbytes"

@@ -404,10 +404,18 @@ def test_an_output_with_files_is_refused(models, data, tmp_path):
     ],
 )
 def test_a_missing_package_is_named(train, message, models, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(packages, "installed", lambda _: None)
+    monkeypatch.setattr(packages, "installed", lambda name: name == "accelerate")
     monkeypatch.setattr(packages, "get_available_reporting_integrations", lambda: ["tensorboard"])
     with pytest.raises(RunError, match=re.escape(message)):
         run_training(a_recipe(models["ours"], data, tmp_path / "out", train=train))
+
+
+def test_training_needs_accelerate(models, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(packages, "installed", lambda _: None)
+    with pytest.raises(
+        RunError, match=r"^training needs accelerate, .* run: pip install 'moe-runtime\[train\]'"
+    ):
+        run_training(a_recipe(models["ours"], data, tmp_path / "out"))
 
 
 def test_there_must_be_a_run_to_go_on_with(models, data, tmp_path):
