@@ -22,7 +22,7 @@ from moe_runtime.train.data.load import TrainData, load_train_data
 
 MAX_LENGTH = 1024
 PADDED_ROWS, PACKED_ROWS = 8, 2  # of a micro-batch
-SAMPLES_PER_TASK = 16
+SAMPLES_PER_TASK = 8
 TINY_TASKS = ("define", "continue_verse")  # reading the Python library takes long
 # SmolLM2's widths; the experts are copies of one in shape, not in weight.
 SMALL = {
@@ -35,7 +35,7 @@ SMALL = {
     "head_dim": 64,
     "num_experts": 4,
     "num_experts_per_tok": 2,
-    "num_hidden_layers": 8,
+    "num_hidden_layers": 4,
     "tie_word_embeddings": True,
 }
 TINY = SMALL | {
@@ -125,7 +125,7 @@ def compare(tiny: bool, rounds: int) -> dict[str, Any]:
     speed = {name: worked["counted_tokens"] / timings[name].median_s for name, _, worked in found}
     return {
         "case": {
-            "model": "tiny" if tiny else "4 experts of SmolLM2's widths, 8 layers",
+            "model": "tiny" if tiny else "4 experts of SmolLM2's widths, 4 layers",
             "length": MAX_LENGTH,
         },
         "tasks": len(TINY_TASKS if tiny else TASKS),
@@ -166,7 +166,7 @@ def section(content: dict[str, Any], path: Path, root: Path) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tiny", action="store_true", help="a model of seconds, to show that all runs")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of every way")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of every way")
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from moe_runtime.generate import evaluating
 
-# Float32 logits of one batch, at most, unless a single sequence has more.
+# Of one batch at most, unless a single sequence has more.
 _LOGITS_AT_ONCE = 10**8
+_TOKENS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def score(
         on_tokens: called with the tokens of each batch that is done.
     """
     order = sorted(range(len(sequences)), key=lambda place: -len(sequences[place].ids))
-    budget = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
+    budget = min(_TOKENS_AT_ONCE, max(1, _LOGITS_AT_ONCE // model.config.vocab_size))
     found: dict[int, Tensor] = {}
     with evaluating(model):
         while order:

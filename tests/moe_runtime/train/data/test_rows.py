@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
+from torch import distributed
 from torch.utils.data import DataLoader
 
 from moe_runtime.errors import RunError
@@ -175,3 +176,14 @@ def test_a_stream_with_nothing_for_a_reader_is_refused(file):
         RunError, match=r"for each of 2 readers \(processes times workers\), and number 1 found"
     ):
         list(itertools.islice(loader, 300))
+
+
+def test_processes_share_a_stream(file, monkeypatch):
+    data = load(file([60] * 30), streaming=True, packing=False)
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 3)
+    seen = []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+        seen.append({number for row in first(data, 10) for number in row["sample"]})
+    assert seen == [set(range(rank, 30, 3)) for rank in range(3)]
