@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 from moe_families import tiny_family
-from tiny_models import DENSE, MOE, tiny_model, tokens
+from tiny_models import BAM_SHARED_KV_TOP_K, DENSE, MOE, tiny_model, tokens
 from torch import distributed
 
 import moe_runtime
@@ -45,9 +45,11 @@ AUXILIARY = {
 DROPOUT = {"expert_dropout": 0.2}
 MODELS = {
     "own": lambda **changes: tiny_model(MOE, **AUXILIARY, **changes),
+    "attention": lambda: tiny_model(BAM_SHARED_KV_TOP_K, **AUXILIARY),
     "lopsided": lambda: lopsided(),
 }
-TRAINED = [*(("own", recipe) for recipe in RECIPES), ("lopsided", "experts-and-fsdp")]
+BOTH = "experts-and-fsdp"
+TRAINED = [*(("own", recipe) for recipe in RECIPES), ("attention", BOTH), ("lopsided", BOTH)]
 FAMILIES = ("mixtral", "gpt_oss")
 E = 4  # of the exchanges below
 # expert of each row, sorted, by process
@@ -153,9 +155,9 @@ def work(rank, world, folder):
 def of_two(folder, rank):
     seen = {(name, dtype): exchanged(name, dtype, rank) for name in EXCHANGES for dtype in DTYPES}
     for model, recipe in TRAINED:
-        steps = STEPS if (model, recipe) == ("own", "experts-and-fsdp") else 5
+        steps = STEPS if (model, recipe) == ("own", BOTH) else 5
         seen[f"{model}-{recipe}"] = trained(MODELS[model](), RECIPES[recipe], rank, 2, steps)
-    recipe = RECIPES["experts-and-fsdp"]
+    recipe = RECIPES[BOTH]
     seen["refused"] = {
         "indivisible": refused(tiny_model(MOE), recipe),
         "dense": refused(tiny_model(DENSE), recipe),
@@ -180,7 +182,7 @@ def of_one(folder, rank):
 
 
 def of_two_again(folder, rank):
-    recipe = RECIPES["experts-and-fsdp"]
+    recipe = RECIPES[BOTH]
     return {
         "resumed": resumed(MODELS["own"](), recipe, rank, 2, folder / "of-one"),
         "dropout": resumed(MODELS["own"](**DROPOUT), recipe, rank, 2, folder / "dropout"),
@@ -193,13 +195,13 @@ def of_four(folder, rank):
         f"{recipe}-{experts}": trained(
             tiny_model(MOE, **AUXILIARY | {"num_experts": experts}), RECIPES[recipe], rank, 4, steps=3
         )
-        for recipe in ("experts", "experts-and-fsdp")
+        for recipe in ("experts", BOTH)
         for experts in (6, 8)
     }
 
 
 def of_families(folder, rank):
-    seen = {name: trained(family(name), RECIPES["experts-and-fsdp"], rank, 2, steps=5) for name in FAMILIES}
+    seen = {name: trained(family(name), RECIPES[BOTH], rank, 2, steps=5) for name in FAMILIES}
     return seen | {"version": transformers.__version__}
 
 

@@ -33,7 +33,7 @@ class Layout:
 
 
 def start(recipe: ParallelRecipe) -> None:
-    """Join the processes that torchrun started: NCCL on GPUs, gloo elsewhere. Repeatable.
+    """Join the processes that torchrun started: gloo, or NCCL on GPUs, which has never run. Repeatable.
 
     Raises:
         RunError: the number of processes does not fit the recipe, or torchrun started none.

@@ -28,9 +28,9 @@ def parallelize(model: Any, layout: Layout) -> None:
             # The mean over `mesh` of sums over the X processes whose rows came here.
             experts.set_all_reduce_hook(_divide_by(X))
     even_part = _even_part(layout.whole["shard"].size())
-    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    for module in layers:
-        fully_shard(module, mesh=layout.whole, shard_placement_fn=even_part)
+    names = model._no_split_modules or ()
+    for layer in [module for module in model.modules() if type(module).__name__ in names]:
+        fully_shard(layer, mesh=layout.whole, shard_placement_fn=even_part)
     fully_shard(model, mesh=layout.whole, shard_placement_fn=even_part)
 
 

@@ -182,6 +182,10 @@ def test_each_process_holds_its_part(seen):
     for recipe in ("fsdp", "experts-and-fsdp"):
         assert sum(held[recipe]) == total
         assert max(held[recipe]) < 0.52 * total
+    # three experts in two processes: no process holds two of them
+    held_by_four = [process["experts-and-fsdp-6"]["held"] for process in seen["four"]]
+    assert sum(held_by_four) == total
+    assert max(held_by_four) < 0.27 * total
 
 
 class TestCheckpoints:
