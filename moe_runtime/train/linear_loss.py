@@ -56,7 +56,7 @@ def linear_cross_entropy(
         counted = (target_T != ignore_index).nonzero().squeeze(1)
         if len(counted) < len(target_T):
             x_TD, target_T = x_TD.index_select(0, counted), target_T[counted]
-    operands = (x_TD, weight_VD, bias_V)
+    operands: tuple[Tensor | None, ...] = (x_TD, weight_VD, bias_V)
     if not torch.is_grad_enabled():  # or gradients would be made for nobody
         operands = tuple(None if operand is None else operand.detach() for operand in operands)
     return _LinearCrossEntropy.apply(*operands, target_T, cap, ignore_index)
