@@ -208,7 +208,7 @@ def _train(
 ) -> TrainResult:
     output = Path(recipe.output)
     if checkpoint is not None:
-        trainer.seconds_before = checkpoints.read_run(checkpoint)["seconds"]
+        trainer.restore(checkpoint)
     if not trainer.is_world_process_zero():
         console = None
     progress = StageProgress(console or Console(quiet=True))
@@ -216,7 +216,9 @@ def _train(
     with progress.stage("training", 1.0) as on_share:
         trainer.add_callback(_Shown(console, on_share))
         trainer.started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        # of a finished run Trainer would do one more step
+        if trainer.state.global_step < trainer.args.max_steps:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = trainer.seconds()
     metrics = trainer.evaluate() if data.eval else {}
     state = trainer.state

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from moe_runtime.errors import RunError
 from moe_runtime.hf.lora import save_expert_lora
@@ -358,11 +359,23 @@ class MoeTrainer(Trainer):
                 * self.args.world_size,
                 "data": self.about_data,
                 "seconds": self.seconds(),
+                "load": None if self.last_load_LE is None else self.last_load_LE.tolist(),
             },
             save,
             self._any_error,
             self.is_world_process_zero(),
         )
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take over what a checkpoint knows of the run; `train` reads the rest of it."""
+        values = checkpoints.read_run(checkpoint)
+        self.seconds_before = values["seconds"]
+        self.last_load_LE = (
+            None if values["load"] is None else torch.tensor(values["load"], dtype=torch.float64)
+        )
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if self.parallel is not None and self.state.global_step >= self.args.max_steps:
+            self.parallel.load_state(checkpoint / SHARDS_NAME, self.model, self.create_optimizer())
 
     def _any_error(self, error: str | None) -> str | None:
         """The error of one of the processes, once all have come here."""

@@ -1,6 +1,8 @@
 """Whole runs: what they write, how they go on, and what they refuse."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import re
 import resource
@@ -59,13 +61,14 @@ def finished(models, data, tmp_path_factory):
         data={"eval": [f"words={data}"]},
     )
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
-    return folder / "recipe.yaml", folder / "out"
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert cli.main(["train", str(folder / "recipe.yaml"), "--json"]) == 0
+    return folder / "recipe.yaml", folder / "out", out.getvalue(), err.getvalue()
 
 
-def test_the_command_trains_and_prints_one_object(finished, capsys):
-    recipe, output = finished
-    assert cli.main(["train", str(recipe), "--json"]) == 0
-    printed, lines = capsys.readouterr()
+def test_the_command_trains_and_prints_one_object(finished):
+    _, output, printed, lines = finished
     result = json.loads(printed)
     assert result == json.loads((output / "training.json").read_text())["result"]
     assert result["steps"] == 4
@@ -98,7 +101,7 @@ def test_the_command_trains_and_prints_one_object(finished, capsys):
 
 
 def test_the_output_is_a_checkpoint_for_everything_else(finished, capsys):
-    _, output = finished
+    output = finished[1]
     assert cli.main(["generate", str(output), "--prompt", "ab", "--max-new-tokens", "3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["new_tokens"] > 0
     assert_same_weights(output, output / "checkpoints" / "checkpoint-4")
@@ -111,7 +114,7 @@ def test_the_output_is_a_checkpoint_for_everything_else(finished, capsys):
 
 
 def test_a_finished_run_is_only_read(finished, capsys):
-    recipe, output = finished
+    recipe, output = finished[:2]
     before = (output / "model.safetensors").stat().st_mtime_ns
     assert cli.main(["train", str(recipe), "--resume"]) == 0
     assert "4 steps" in capsys.readouterr().out
@@ -231,6 +234,22 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(kind, models, data, tmp_
     for name in ("loss", "learning_rate", "tokens"):
         assert resumed.values(name) == straight.values(name), name
     assert resumed.flops == straight.flops
+
+
+def test_a_run_that_was_stopped_after_its_last_step_only_writes_the_model(models, data, tmp_path):
+    changes = {"data": {"eval": [str(data)]}}
+    straight = run_training(a_recipe(models["ours"], data, tmp_path / "straight", **changes))
+    stopped = a_recipe(models["ours"], data, tmp_path / "stopped", **changes)
+    stopped_at(4, stopped)
+    resumed = run_training(stopped, resume=True)
+    assert_same_weights(tmp_path / "stopped", tmp_path / "straight")
+    assert (resumed.steps, resumed.tokens, resumed.flops) == (4, straight.tokens, straight.flops)
+    assert resumed.metrics == straight.metrics
+    loads = [
+        json.loads((tmp_path / name / "training.json").read_text())["load"]
+        for name in ("straight", "stopped")
+    ]
+    assert loads[0] == loads[1]
 
 
 def test_a_longer_run_goes_on_if_its_schedule_begins_anew(models, data, tmp_path):
