@@ -57,6 +57,7 @@ def recipe(folder, name, processes, **parallel):
             "router_learning_rate": 3e-3,
             "warmup_steps": 3,
             "max_grad_norm": 0.5,
+            "gradient_checkpointing": bool(parallel),  # no bit changes, and the experts are asked again
             "save_every": HALF_WAY,
         },
         moe={"balance_loss": 0.1, "balance_over": "global_batch", "z_loss": 0.01, "bias_update": 1e-2},
