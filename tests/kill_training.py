@@ -4,6 +4,7 @@
 process forked after the imports, which take longer than everything else.
 """
 
+import gc
 import os
 import random
 import shutil
@@ -79,6 +80,7 @@ def train_with_kills(of_run, kills, longest, check):
 
 def main(folder, kind, kills):
     torch.set_num_threads(1)
+    gc.freeze()  # every run collects garbage, and would look at all that was imported
     save_model(kind, folder / "model")
     save_data(folder / "data.jsonl")
     straight, killed = recipe(folder, kind, "straight"), recipe(folder, kind, "killed")
