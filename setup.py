@@ -20,6 +20,7 @@ setup(
         "moe_runtime.hf",
         "moe_runtime.demo",
         "moe_runtime.distributed",
+        "moe_runtime.flan",
         "moe_runtime.profile",
         "moe_runtime.evaluation",
         "moe_runtime.stats",

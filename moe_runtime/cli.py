@@ -15,13 +15,14 @@ from upcycle.upit.cli import upit_command
 from .config import ModelConfig
 from .demo.cli import demo_command
 from .evaluation.cli import eval_command
+from .flan.cli import flan_command
 from .profile.cli import profile_command
 from .shapes import SHAPES, named_shape
 from .stats.cli import stats_command
 from .train.cli import train_command
 from .train.data.instructions_cli import instructions_command
-from .train.plan_cli import plan_command
 from .train.export_cli import export_command
+from .train.plan_cli import plan_command
 
 app = typer.Typer(
     name="moe-runtime",
@@ -203,6 +204,7 @@ def generate_command(
 
 app.command("demo", epilog="Example: moe-runtime demo --text contracts=my/contracts.txt")(demo_command)
 app.command("eval", epilog="Example: moe-runtime eval runs/copy --text prose.txt --json")(eval_command)
+app.command("flan", epilog="Example: moe-runtime flan flan.yaml")(flan_command)
 app.command("instructions", epilog="Example: moe-runtime instructions tasks --samples 2000")(
     instructions_command
 )

@@ -1,0 +1,234 @@
+"""The runs of a comparison, in stages that can be resumed.
+
+Each of the two models is measured as it is, tuned on instructions and then measured without and with worked
+examples, tuned on each task from where it began, and tuned on each task after the instructions. Models that
+are tuned on a task are measured and removed; those tuned on instructions stay under models/.
+"""
+
+import shutil
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from moe_runtime.config import ModelConfig
+from moe_runtime.demo.stages import Stage, run_stages
+from moe_runtime.errors import RunError
+from moe_runtime.families import model_config
+from moe_runtime.flops import matched_regimes, model_flops, training_flops
+from moe_runtime.hf.loading import json_object
+from moe_runtime.progress import StageProgress
+from moe_runtime.train.data.sources import file_hash
+from moe_runtime.train.recipe import TrainSection
+
+from .questions import measure, write_questions
+from .recipe import FlanRecipe, FlanTask
+
+MIXTURE, DENSE = "mixture", "dense"
+
+
+class Comparison:
+    """A recipe with what follows from it: both models' configurations and steps."""
+
+    def __init__(self, recipe: FlanRecipe) -> None:
+        self.recipe = recipe
+        self.folder = Path(recipe.output)
+        self.sources = {MIXTURE: recipe.mixture, DENSE: recipe.dense}
+        self.configs = {name: _described(folder) for name, folder in self.sources.items()}
+        if not self.configs[MIXTURE].num_experts:
+            raise RunError(f"mixture must have experts, and {recipe.mixture} has none")
+        if self.configs[DENSE].num_experts:
+            raise RunError(
+                f"dense must have no experts, and {recipe.dense} has {self.configs[DENSE].num_experts}"
+            )
+        for path in (
+            *recipe.instructions,
+            *(file for task in recipe.tasks for file in (task.train, task.test)),
+        ):
+            if not Path(path).is_file():
+                raise RunError(f"there is no file {path}")
+
+    def training_flops(self, name: str) -> int:
+        """Of a token."""
+        return training_flops(self.configs[name], self.recipe.max_length)
+
+    def inference_flops(self, name: str) -> int:
+        """Of a token."""
+        return model_flops(self.configs[name], self.recipe.max_length).total()
+
+    def steps(self, name: str, section: TrainSection) -> int:
+        """Updates of a tuning: for the twin as many as cost the mixture's FLOPs, to the nearest whole one."""
+        assert section.steps is not None
+        if name == MIXTURE:
+            return section.steps
+        return max(1, round(section.steps * self.training_flops(MIXTURE) / self.training_flops(DENSE)))
+
+    def regimes(self, mixture_tokens: int, dense_tokens: int) -> tuple[str, ...]:
+        """In what two tunings on so many tokens are equal."""
+        return matched_regimes(
+            self.configs[MIXTURE],
+            mixture_tokens,
+            self.configs[DENSE],
+            dense_tokens,
+            context=self.recipe.max_length,
+            tolerance=0.02,
+        )
+
+
+def run_comparison(recipe: FlanRecipe, console: Console) -> dict[str, Any]:
+    """Do what is not yet done of a comparison, and write report.json and report.html into its output.
+
+    Raises:
+        RunError: a model, a file or a tuning is not usable.
+    """
+    from .report import build_report, write_report
+
+    comparison = Comparison(recipe)
+    comparison.folder.mkdir(parents=True, exist_ok=True)
+    results = run_stages(make_stages(comparison), comparison.folder, StageProgress(console))
+    report = build_report(comparison, results)
+    write_report(comparison.folder, report)
+    return report
+
+
+# --- stages ---
+
+
+def make_stages(comparison: Comparison) -> list[Stage]:
+    stages: list[Stage] = []
+    for name in (MIXTURE, DENSE):
+        stages += _stages_of(comparison, name)
+    return stages
+
+
+def _stages_of(comparison: Comparison, name: str) -> list[Stage]:
+    recipe = comparison.recipe
+    instructed = comparison.folder / "models" / f"{name}-instructions"
+    source = {"model": comparison.sources[name], "files": _hashes(recipe), "max_length": recipe.max_length}
+    stages = [
+        Stage(
+            name=f"{name}-untuned",
+            title=f"{name}: measure it as it is",
+            work=partial(_measure, comparison, Path(comparison.sources[name])),
+            settings=source | {"shots": recipe.shots, "seed": recipe.seed},
+            cost=10,
+        ),
+        Stage(
+            name=f"{name}-instructions",
+            title=f"{name}: instruction tuning",
+            work=partial(_instruct, comparison, name, instructed),
+            settings=source | _tuning(comparison, name, recipe.instruction_tuning),
+            makes=(instructed,),
+            cost=comparison.steps(name, recipe.instruction_tuning),
+        ),
+        Stage(
+            name=f"{name}-after-instructions",
+            title=f"{name}: measure it after instructions",
+            work=partial(_measure, comparison, instructed),
+            settings={"shots": recipe.shots},
+            inputs=(f"{name}-instructions",),
+            cost=10,
+        ),
+    ]
+    for task in recipe.tasks:
+        for setup, start in (("task", Path(comparison.sources[name])), ("instructions-task", instructed)):
+            stages.append(
+                Stage(
+                    name=f"{name}-{setup}-{task.name}",
+                    title=f"{name}: {task.name}" + (" after instructions" if start == instructed else ""),
+                    work=partial(_tune_and_measure, comparison, name, start, task),
+                    settings=source | {"task": asdict(task)} | _tuning(comparison, name, recipe.task_tuning),
+                    inputs=(f"{name}-instructions",) if start == instructed else (),
+                    cost=comparison.steps(name, recipe.task_tuning) + 5,
+                )
+            )
+    return stages
+
+
+def _tuning(comparison: Comparison, name: str, section: TrainSection) -> dict[str, Any]:
+    recipe = comparison.recipe
+    moe = asdict(recipe.moe) if name == MIXTURE else None
+    return {
+        "train": asdict(section),
+        "steps": comparison.steps(name, section),
+        "moe": moe,
+        "seed": recipe.seed,
+    }
+
+
+def _hashes(recipe: FlanRecipe) -> list[str]:
+    files = (*recipe.instructions, *(file for task in recipe.tasks for file in (task.train, task.test)))
+    return [file_hash(Path(file)) for file in files]
+
+
+# --- work ---
+
+
+def _instruct(comparison: Comparison, name: str, output: Path, on_share: Any) -> dict[str, Any]:
+    recipe = comparison.recipe
+    return _tune(
+        comparison,
+        name,
+        Path(comparison.sources[name]),
+        output,
+        recipe.instructions,
+        recipe.instruction_tuning,
+    )
+
+
+def _tune(
+    comparison: Comparison,
+    name: str,
+    start: Path,
+    output: Path,
+    files: tuple[str, ...],
+    section: TrainSection,
+) -> dict[str, Any]:
+    """Train, and say what it cost."""
+    from moe_runtime.train.run import run_training
+
+    recipe = comparison.recipe.training(
+        str(start), output, files, section, comparison.steps(name, section), mixes=name == MIXTURE
+    )
+    result = run_training(recipe)
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    losses = result.values("lm_loss")
+    return {
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "training_flops": result.tokens * comparison.training_flops(name),
+        "seconds": result.seconds,
+        "losses": losses,
+    }
+
+
+def _tune_and_measure(
+    comparison: Comparison, name: str, start: Path, task: FlanTask, on_share: Any
+) -> dict[str, Any]:
+    output = comparison.folder / "models" / f"{name}-{task.name}.part"
+    shutil.rmtree(output, ignore_errors=True)
+    try:
+        cost = _tune(comparison, name, start, output, (task.train,), comparison.recipe.task_tuning)
+        return {**cost, "measured": {"0": measure(output, {task.name: Path(task.test)})}}
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
+
+
+def _measure(comparison: Comparison, model: Path, on_share: Any) -> dict[str, Any]:
+    """All tasks without worked examples, and with `shots` of them in front."""
+    recipe = comparison.recipe
+    measured = {"0": measure(model, {task.name: Path(task.test) for task in recipe.tasks})}
+    if recipe.shots:
+        folder = comparison.folder / "questions"
+        files = {task.name: write_questions(task, recipe.shots, recipe.seed, folder) for task in recipe.tasks}
+        measured[str(recipe.shots)] = measure(model, files)
+    return {"measured": measured}
+
+
+def _described(folder: str) -> ModelConfig:
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise RunError(f"{folder} must be a checkpoint folder with a config.json, and has none")
+    return model_config(json_object(file))
