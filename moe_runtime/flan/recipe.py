@@ -30,8 +30,8 @@ class FlanTask:
 class FlanRecipe:
     """Two models that are tuned alike.
 
-    `instruction_tuning` and `task_tuning` are sections `train` of `moe-runtime train`, with `steps`. Those are
-    the mixture's; its twin gets as many as cost the same FLOPs.
+    `instruction_tuning` and `task_tuning` are sections `train` of `moe-runtime train`, with `steps`. Those
+    are the mixture's; its twin gets as many as cost the same FLOPs.
     """
 
     mixture: str  # a checkpoint folder with experts
