@@ -23,6 +23,7 @@ def model_card(recipe: TrainRecipe, record: dict[str, Any]) -> str:
     loss = f" The loss went from {losses[0]:.3f} to {losses[-1]:.3f} nats per label." if losses else ""
     evaluated = "".join(f"| {name} | {value:.4f} |\n" for name, value in result["metrics"].items())
     table = f"\n| evaluated | nats per label |\n|---|---|\n{evaluated}" if evaluated else ""
+    imported = "import moe_runtime.hf  # knows the model\n" if record["model_type"] == MODEL_TYPE else ""
     return f"""---
 {yaml.safe_dump(front, sort_keys=False)}---
 
@@ -33,8 +34,7 @@ def model_card(recipe: TrainRecipe, record: dict[str, Any]) -> str:
 `training.json` holds the recipe, the data with hashes, and the log.
 {table}
 ```python
-import moe_runtime.hf  # knows the model type {MODEL_TYPE}
-from transformers import AutoModelForCausalLM
+{imported}from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```

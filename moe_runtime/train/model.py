@@ -22,6 +22,8 @@ from .linear_loss import linear_loss_obstacle, use_linear_loss
 from .recipe import MoeSection, TrainRecipe
 from .selection_bias import selection_bias
 
+SAID = "said_before_training"  # attribute of a model of transformers: options that training changed
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -63,7 +65,10 @@ def set_up_model(model: Any, recipe: TrainRecipe, checkpoint: Path | None = None
         _set_options(model, recipe)
     elif any(is_experts(module) for module in model.modules()):
         accelerate_model(model)
-        model.config.output_router_logits = False  # the trainer has the auxiliary losses
+        if hasattr(model.config, "output_router_logits"):
+            # the trainer has the auxiliary losses; a saved configuration says what this one did
+            setattr(model, SAID, {"output_router_logits": model.config.output_router_logits})
+            model.config.output_router_logits = False
     if recipe.data.packing and not torch.cuda.is_available():
         attend_by_document(model)
     obstacle = linear_loss_obstacle(model)

@@ -102,6 +102,7 @@ def _record(trainer: MoeTrainer, prepared: Prepared, about_data: Any, result: Tr
     load_LE = trainer.last_load_LE
     return {
         "recipe": trainer.recipe.to_dict(),
+        "model_type": prepared.model.config.model_type,
         "result": asdict(result),
         "data": about_data,
         "parameters": prepared.parameters,

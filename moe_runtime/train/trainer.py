@@ -25,6 +25,7 @@ from . import checkpoints
 from .balance import RouterWatch, balance_loss, certainty, expert_counts, tokens_of, z_loss
 from .figures import Window, Yardstick, loads
 from .freeze import has_routers, parameter_groups
+from .model import SAID
 from .recipe import MoeSection, TrainRecipe
 from .schedule import learning_rate_share
 from .selection_bias import update_selection_bias
@@ -74,7 +75,10 @@ class MoeTrainer(Trainer):
         **others: Any,
     ) -> None:
         self.parallel = parallel
+        config = others["model"].config
+        use_cache = getattr(config, "use_cache", True)
         super().__init__(**others)
+        config.use_cache = use_cache  # Trainer would have the trained model generate without one
         self.recipe = recipe
         self.moe = recipe.moe or MoeSection()
         self.output = output
@@ -454,16 +458,21 @@ class _AroundUpdates(TrainerCallback):
 
 
 def save_whole(model: Any, folder: str | Path, moe: MoeSection) -> None:
-    """`save_pretrained`, with the factors that the model was trained with in our own configuration."""
+    """`save_pretrained`, with what the configuration says of auxiliary losses outside of this trainer: in
+    ours the factors of the recipe, in one of transformers what it said before.
+    """
     config = model.config
+    said = {"router_aux_loss_coef": moe.balance_loss, "router_z_loss_coef": moe.z_loss}
     if config.model_type != MODEL_TYPE:
-        model.save_pretrained(folder)
-        return
-    config.router_aux_loss_coef, config.router_z_loss_coef = moe.balance_loss, moe.z_loss
+        said = getattr(model, SAID, {})
+    while_training = {name: getattr(config, name) for name in said}
+    for name, value in said.items():
+        setattr(config, name, value)
     try:
         model.save_pretrained(folder)
     finally:
-        config.router_aux_loss_coef, config.router_z_loss_coef = 0.0, 0.0
+        for name, value in while_training.items():
+            setattr(config, name, value)
 
 
 def _totals(batch: Mapping[str, Any]) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from byte_tokenizer import byte_tokenizer
 from moe_families import tiny_family
 from training_runs import VOCAB_SIZE, a_recipe, recipe_values, save_model
 
@@ -130,6 +131,16 @@ def test_a_dry_run_writes_nothing(models, data, tmp_path, capsys):
     assert planned["parameters"]["gate"] == {"all": 2 * 5 * 24, "trained": 0}
     assert planned["parameters"]["rest"]["trained"] > 0
     assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_of_transformers_is_saved_as_it_was(data, tmp_path):
+    folder = tmp_path / "model"
+    tiny_family("mixtral", vocab_size=VOCAB_SIZE, output_router_logits=True).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    run_training(a_recipe(folder, data, tmp_path / "out", train={"steps": 1}))
+    before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "out"))
+    assert after == before
+    assert "import moe_runtime" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_epochs_are_counted_in_steps(models, data, tmp_path):
