@@ -1,7 +1,7 @@
 """Models trained by this project's own parallelism, in gloo processes that fork after the imports.
 
-`run` starts the worlds it is asked for, one after the other: "one" goes on with a checkpoint of "two", and
-"two-again" with one of "one". Each process writes what it saw.
+`run` starts the worlds it is asked for, one after the other: "one" and "four" read a checkpoint of "two",
+"two-again" one of "one". Each process writes what it saw.
 """
 
 import os
@@ -191,13 +191,18 @@ def of_two_again(folder, rank):
 
 def of_four(folder, rank):
     """Two processes hold the same experts, of which there are three, which do not divide; and two of ten."""
-    return {
+    seen = {
         f"{recipe}-{experts}": trained(
             tiny_model(MOE, **AUXILIARY | {"num_experts": experts}), RECIPES[recipe], rank, 4, steps=3
         )
         for recipe in ("experts", BOTH)
         for experts in (6, 8)
     }
+    model, optimizer = prepared(MODELS["own"](), RECIPES[BOTH])
+    scheduler = make_scheduler(optimizer)
+    step = load_checkpoint(folder / "of-two", model, optimizer, scheduler)
+    save_checkpoint(folder / "of-four", model, optimizer, scheduler, step)
+    return seen
 
 
 def of_families(folder, rank):

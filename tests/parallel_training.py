@@ -88,13 +88,14 @@ def in_process(rank, size, port, work, arguments):
     work(*arguments)
 
 
-def half_way(folder, name):
-    """A copy of the run as it was when it had saved half way."""
+def as_it_was(folder, name, step):
+    """A copy of the run as it was when it had saved that step."""
     shutil.copytree(folder / GOES_ON, folder / name)
     for path in (folder / name).iterdir():
         if path.name != "checkpoints":
             path.unlink() if path.is_file() else shutil.rmtree(path)
-    shutil.rmtree(folder / name / "checkpoints" / f"checkpoint-{STEPS}", ignore_errors=True)
+    for later in range(step + 1, STEPS + 1):
+        shutil.rmtree(folder / name / "checkpoints" / f"checkpoint-{later}", ignore_errors=True)
 
 
 def main(folder):
@@ -105,8 +106,12 @@ def main(folder):
     )
     for name, layout in LAYOUTS.items():
         processes(2, run_training, recipe(folder, name, 2, **layout))
-    for name, size, layout in (("two-again", 2, LAYOUTS[GOES_ON]), ("one-again", 1, {"data": "fsdp"})):
-        half_way(folder, name)
+    for name, step, size, layout in (
+        ("two-again", HALF_WAY, 2, LAYOUTS[GOES_ON]),
+        ("two-at-the-end", STEPS, 2, LAYOUTS[GOES_ON]),
+        ("one-again", HALF_WAY, 1, {"data": "fsdp"}),
+    ):
+        as_it_was(folder, name, step)
         processes(size, run_training, recipe(folder, name, size, **layout), True)
 
 
