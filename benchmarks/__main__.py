@@ -71,7 +71,7 @@ def main() -> int:
         help="leave out other libraries, some of which tune themselves for minutes",
     )
     timing.set_defaults(call=run)
-    from benchmarks import aot, compare, packing, tune, upcycling
+    from benchmarks import aot, compare, memory, packing, tune, upcycling
     from benchmarks.ablation import command as ablation
 
     compiling = commands.add_parser("aot", help="compile every kernel without a GPU and check the result")
@@ -88,6 +88,9 @@ def main() -> int:
     packed = commands.add_parser("packing", help="train on packed rows and on padded ones, in turns")
     packing.add_arguments(packed)
     packed.set_defaults(call=packing.main)
+    planned = commands.add_parser("memory", help="a training run's peak of memory beside its plan")
+    memory.add_arguments(planned)
+    planned.set_defaults(call=memory.main)
     comparing = commands.add_parser("compare", help="what became slower between two result files")
     compare.add_arguments(comparing)
     comparing.set_defaults(call=compare.main)

@@ -426,6 +426,11 @@ SECTIONS = {  # in the order of the page
         "from the same choices, and against a dense layer of the same active FLOPs. Timed in turns; medians.",
     ),
     "end_to_end": _models_section,
+    "train_step": _ratio_section(
+        "A training step on a CPU",
+        "Forward, backward and fused AdamW of SmolLM2-135M upcycled to 4 experts, 2 per token, in our model "
+        "and in transformers' Mixtral of the same weights. Timed in turns; medians.",
+    ),
     "expert_lora": _ratio_section(
         "LoRA of experts",
         "Low-rank adapters as grouped products, against PEFT's, which adds them to the weights in each "

@@ -1,0 +1,117 @@
+"""A training step on a CPU: SmolLM2-135M upcycled to 4 experts, of which a token passes 2, in our model and
+in transformers' Mixtral with `experts_implementation="grouped_mm"`.
+
+Both are made by the recipe `copy`, from one router seed, so that they have the same weights; both step with
+PyTorch's fused AdamW, with the precision of float32 products that the case names set for the whole process.
+Ours has what `moe-runtime train` gives: the loss from hidden states. The first step's loss and gradients of
+the first layer's experts must be transformers' before anything is timed.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.whole_models import SHAPES, described, our_model, rms_error, train_work, transformers_model
+from moe_runtime.hf.loading import load_causal_lm, load_tokenizer
+from moe_runtime.train.linear_loss import use_linear_loss
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / ".cache" / "smollm2-135m"
+TOKENS = 1024
+EXPERTS, CHOSEN = 4, 2
+# one step of AdamW moves a weight by its rate, whatever the gradient: small, so that all steps see one model
+RATE = 1e-7
+PRECISION = {"float32": 1e-3, "bfloat16": 0.1}  # the largest error of a gradient, of its rms
+
+
+def upcycled(target: str, folder: Path) -> nn.Module:
+    from upcycle import recipe_from_dict, upcycle
+
+    recipe = {
+        "method": "copy",
+        "base": str(SOURCE),
+        "output": str(folder / target),
+        "target": target,
+        "experts": EXPERTS,
+        "experts_per_token": CHOSEN,
+    }
+    upcycle(recipe_from_dict(recipe))
+    return load_causal_lm(folder / target, dtype=torch.float32)
+
+
+def make_models(tiny: bool, folder: Path) -> tuple[nn.Module, nn.Module]:
+    """Ours and transformers', of the same weights."""
+    if tiny:
+        theirs = transformers_model(SHAPES["tiny"]["mixtral, tiny"], "grouped_mm", torch.float32, "cpu")
+        return our_model(theirs, "cpu").float(), theirs
+    ours, theirs = (upcycled(target, folder) for target in ("moe_runtime", "mixtral"))
+    theirs.config.router_aux_loss_coef = ours.config.router_aux_loss_coef = 0.0
+    return ours, theirs
+
+
+def make_ids(tiny: bool) -> Tensor:
+    """A row of this project's own documentation; every token counts."""
+    if tiny:
+        return torch.randint(61, (1, 16), generator=torch.Generator().manual_seed(0))
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    return load_tokenizer(SOURCE)(text, return_tensors="pt").input_ids[:, :TOKENS]
+
+
+def step(model: nn.Module, ids_BL: Tensor, dtype: str) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward, backward, AdamW; returns the loss and the gradient of the first layer's experts."""
+    model.train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
+    experts = [p for name, p in model.named_parameters() if "layers.0.mlp.experts.down_proj" in name]
+
+    def call() -> tuple[Tensor, ...]:
+        optimiser.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = model(input_ids=ids_BL, labels=ids_BL).loss
+        loss.backward()
+        optimiser.step()
+        return (loss.detach(), *(weight.grad for weight in experts))
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("float32", "high"), ("float32", "highest"), ("bfloat16", "highest")]
+)
+def bench_train_step(compare, tiny, set_precision, tmp_path, dtype, precision):
+    if torch.cuda.is_available():
+        pytest.skip("bench_end_to_end.py is that of a GPU")
+    if not tiny and not SOURCE.exists():
+        pytest.skip(f"{SOURCE} does not exist; `make demo` makes it")
+    set_precision(precision)
+    ours, theirs = make_models(tiny, tmp_path)
+    theirs.set_experts_implementation("grouped_mm")
+    use_linear_loss(ours)
+    ids_BL, config = make_ids(tiny), described(theirs.config)
+    expected: dict[str, Tensor] = {}
+
+    def check(name: str, out: tuple[Tensor, ...]) -> dict[str, float]:
+        if not expected:
+            expected["loss"], expected["ddown"] = (tensor.clone() for tensor in out)
+        errors = {
+            key: rms_error(value, exact) for value, (key, exact) in zip(out, expected.items(), strict=True)
+        }
+        assert max(errors.values()) <= PRECISION[dtype], f"{name} is off by {errors}"
+        return errors
+
+    work = train_work(config, ids_BL.shape[1])
+    compare(
+        "train_step",
+        {
+            "model": "smollm2-135m, 4 experts",
+            "tokens": ids_BL.shape[1],
+            "dtype": dtype,
+            "precision": precision,
+        },
+        {"moe_runtime": step(ours, ids_BL, dtype), "transformers_grouped_mm": step(theirs, ids_BL, dtype)},
+        check=check,
+        rounds=5,
+        work={"moe_runtime": work, "transformers_grouped_mm": work},
+    )
