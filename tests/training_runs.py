@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from moe_families import tiny_family
 from tiny_models import DENSE, MOE, tiny_model
 
+from moe_runtime.hf.loading import load_causal_lm, load_tokenizer
+from moe_runtime.train.data.load import load_train_data
 from moe_runtime.train.recipe import TrainRecipe, recipe_from_dict
 
 KINDS: dict[str, Any] = {
@@ -62,3 +65,16 @@ def recipe_values(model: Path, data: Path, output: Path, /, **changes: Any) -> d
 
 def a_recipe(model: Path, data: Path, output: Path, /, **changes: Any) -> TrainRecipe:
     return recipe_from_dict(recipe_values(model, data, output, **changes))
+
+
+def nats_per_label(folder: Path, recipe: TrainRecipe) -> float:
+    """Of a checkpoint over all rows that a recipe trains on, one at a time."""
+    model = load_causal_lm(folder)
+    rows = load_train_data(recipe.data, load_tokenizer(recipe.model), 0).dataset
+    nats = labels = 0.0
+    for row in (rows[number] for number in range(len(rows))):
+        with torch.no_grad():
+            logits_LV = model(row["input_ids"][None]).logits[0]
+        nats += functional.cross_entropy(logits_LV[:-1], row["labels"][1:], reduction="sum").item()
+        labels += (row["labels"] != -100).sum().item()
+    return nats / labels

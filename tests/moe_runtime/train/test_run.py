@@ -14,7 +14,7 @@ import torch
 import yaml
 from byte_tokenizer import byte_tokenizer
 from moe_families import tiny_family
-from training_runs import VOCAB_SIZE, a_recipe, recipe_values, save_model
+from training_runs import VOCAB_SIZE, a_recipe, nats_per_label, recipe_values, save_model
 
 from moe_runtime import cli
 from moe_runtime.errors import RunError
@@ -23,6 +23,7 @@ from moe_runtime.train import packages
 from moe_runtime.train import run as run_module
 from moe_runtime.train.data.load import load_train_data
 from moe_runtime.train.model import attention_of, prepare_model
+from moe_runtime.train.recipe import load_recipe
 from moe_runtime.train.run import run_training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,12 +70,13 @@ def finished(models, data, tmp_path_factory):
 
 
 def test_the_command_trains_and_prints_one_object(finished):
-    _, output, printed, lines = finished
+    recipe, output, printed, lines = finished
     result = json.loads(printed)
     assert result == json.loads((output / "training.json").read_text())["result"]
     assert result["steps"] == 4
     assert result["flops"] > 0
-    assert set(result["metrics"]) == {"eval_words_loss"}
+    expected = nats_per_label(output, load_recipe(recipe))  # what is evaluated is what was trained on
+    assert result["metrics"] == {"eval_words_loss": pytest.approx(expected, rel=1e-5)}
     assert "step 4/4, lm loss " in lines
     logged = [entry for entry in result["log"] if "lm_loss" in entry]
     assert [entry["step"] for entry in logged] == [1, 2, 3, 4]
@@ -275,6 +277,8 @@ def test_a_longer_run_goes_on_if_its_schedule_begins_anew(models, data, tmp_path
     result = run_training(a_recipe(models["ours"], data, tmp_path / "out", **longer), resume=True)
     assert result.steps == 4
     assert result.values("learning_rate") == pytest.approx([0.01, 0.005, 0.01, 0.005])
+    run_training(a_recipe(models["ours"], data, tmp_path / "at-once", **longer))
+    assert_same_weights(tmp_path / "out", tmp_path / "at-once")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from tiny_models import assert_equal_up_to_rounding
-from training_runs import a_recipe
+from training_runs import a_recipe, nats_per_label
 
 from moe_runtime.hf.loading import load_causal_lm
 from moe_runtime.train import run as run_module
@@ -63,6 +63,16 @@ def test_micro_batches_give_the_gradients_of_one_batch(kind, over, packing, mode
         assert_equal_up_to_rounding(name, actual[name], value, DIFFERENCE)
     for name in ("loss", "lm_loss", "balance_loss", "z_loss", "grad_norm"):
         assert cut.values(name) == pytest.approx(whole.values(name), rel=1e-6), name
+
+
+@pytest.mark.parametrize("kind", ["ours", "mixtral"])
+def test_the_loss_of_the_language_model_is_the_mean_over_the_labels_of_all_micro_batches(
+    kind, models, data, tmp_path
+):
+    train = {"steps": 1, "batch_size": 9, "accumulate": 3}  # of 24 rows
+    recipe = a_recipe(models[kind], data, tmp_path / "out", train=train, moe={"balance_loss": 0.5})
+    (loss,) = run_training(recipe).values("lm_loss")
+    assert loss == pytest.approx(nats_per_label(models[kind], recipe), rel=1e-5)
 
 
 def test_the_balance_of_single_micro_batches_is_another_loss(models, data, tmp_path):
