@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from moe_runtime.errors import RunError
 from moe_runtime.train.data import DataRecipe
 from moe_runtime.train.data import packing as packing_module
+from moe_runtime.train.data import rows as rows_module
 from moe_runtime.train.data.load import load_train_data
 from moe_runtime.train.data.packing import OpenRows, pack_best_fit
 from moe_runtime.train.data.samples import IGNORED, Sample
@@ -178,12 +180,16 @@ def test_a_stream_with_nothing_for_a_reader_is_refused(file):
         list(itertools.islice(loader, 300))
 
 
-def test_processes_share_a_stream(file, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_share_a_stream(file, monkeypatch, workers):
     data = load(file([60] * 30), streaming=True, packing=False)
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 3)
-    seen = []
-    for rank in range(3):
+    readers = 3 * max(1, workers)
+    for reader in range(readers):
+        rank, worker = divmod(reader, max(1, workers))
+        info = SimpleNamespace(num_workers=workers, id=worker) if workers else None
         monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
-        seen.append({number for row in first(data, 10) for number in row["sample"]})
-    assert seen == [set(range(rank, 30, 3)) for rank in range(3)]
+        monkeypatch.setattr(rows_module, "get_worker_info", lambda info=info: info)
+        rows = itertools.islice(iter(data.dataset), 30 // readers)
+        assert [row["sample"] for row in rows] == [(number,) for number in range(reader, 30, readers)]
