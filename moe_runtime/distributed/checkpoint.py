@@ -207,6 +207,23 @@ def load_model(folder: str | Path, model: nn.Module) -> None:
 
 
 def _load_optimizer(folder: str | Path, metadata: Metadata, model: nn.Module, optimizer: Optimizer) -> None:
+    state = _optimizer_state(folder, metadata, model)
+    options = _load_pickled(folder, {"options"})["options"]
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    by_position: dict[int, dict[str, Tensor]] = {}
+    groups = []
+    for group, stored in zip(optimizer.param_groups, optimizer.state_dict()["param_groups"], strict=True):
+        names = [name_of[parameter] for parameter in group["params"]]
+        positions = zip(stored["params"], names, strict=True)
+        by_position |= {position: state[name] for position, name in positions if name in state}
+        groups.append(stored | (options.get(names[0], {}) if names else {}))
+    optimizer.load_state_dict({"state": by_position, "param_groups": groups})
+
+
+def _optimizer_state(
+    folder: str | Path, metadata: Metadata, model: nn.Module
+) -> dict[str, dict[str, Tensor]]:
+    """This process's part of what an optimizer kept, by parameter."""
     parameters, meshes = dict(model.named_parameters()), _expert_meshes(model)
     state: dict[str, dict[str, Tensor]] = {}
     read: dict[str, Any] = {}
@@ -214,26 +231,14 @@ def _load_optimizer(folder: str | Path, metadata: Metadata, model: nn.Module, op
         if not name.startswith("optimizer.") or not isinstance(data, TensorStorageMetadata):
             continue
         owner, _, key = name.removeprefix("optimizer.").rpartition(".")
-        dtype = data.properties.dtype
+        dtype, is_number = data.properties.dtype, not data.size
         value = (
-            torch.zeros_like(parameters[owner], dtype=dtype) if data.size else torch.zeros((), dtype=dtype)
+            torch.zeros((), dtype=dtype) if is_number else torch.zeros_like(parameters[owner], dtype=dtype)
         )
         state.setdefault(owner, {})[key] = value
-        read[name] = _whole(value, meshes.get(owner) if data.size else None)
+        read[name] = _whole(value, None if is_number else meshes.get(owner))
     dcp.load(read, checkpoint_id=folder)
-    options = _load_pickled(folder, {"options"})["options"]
-    name_of = {parameter: name for name, parameter in parameters.items()}
-    names = [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    groups = [
-        {**group, **options.get(name_of[parameters_of[0]], {})}
-        for group, parameters_of in zip(
-            optimizer.state_dict()["param_groups"],
-            (group["params"] for group in optimizer.param_groups),
-            strict=True,
-        )
-    ]
-    by_position = {position: state[name] for position, name in enumerate(names) if name in state}
-    optimizer.load_state_dict({"state": by_position, "param_groups": groups})
+    return state
 
 
 def _load_pickled(folder: str | Path, names: set[str]) -> dict[str, Any]:
