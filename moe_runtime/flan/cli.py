@@ -22,12 +22,16 @@ def flan_command(
     loaded = load_recipe(recipe)
     if find_spec("matplotlib") is None:
         raise ValueError("flan needs matplotlib for its plots; run: pip install 'moe-runtime[demo]'")
+    import torch
+
     from moe_runtime.machine import keep_freed_memory
 
     from .report import print_report
     from .run import run_comparison
 
     keep_freed_memory()
+    if not torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # for both models
     console = Console(stderr=json_output)  # stdout is for the report
     if not console.is_terminal:  # a file or a pipe has no width; the table needs this much
         console.width = 160

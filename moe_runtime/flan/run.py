@@ -5,6 +5,7 @@ examples, tuned on each task from where it began, and tuned on each task after t
 are tuned on a task are measured and removed; those tuned on instructions stay under models/.
 """
 
+import gc
 import shutil
 from dataclasses import asdict
 from functools import partial
@@ -193,6 +194,7 @@ def _tune(
         str(start), output, files, section, comparison.steps(name, section), mixes=name == MIXTURE
     )
     result = run_training(recipe)
+    gc.collect()  # a trainer and its model hold each other, and the next ones need the memory
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     losses = result.values("lm_loss")
     return {

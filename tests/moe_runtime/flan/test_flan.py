@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from moe_runtime.cli import main
 from moe_runtime.errors import RunError
@@ -57,6 +58,14 @@ def folder(tmp_path_factory, tiny_checkpoint):
     (folder / "mixed.jsonl").write_text(lines(30, choices=False))
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, dense=tiny_checkpoint))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _precision():
+    """The command sets that of the process."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture
