@@ -24,12 +24,13 @@ from moe_runtime.distributed.mesh import make_layout
 from moe_runtime.distributed.recipe import ParallelRecipe
 from moe_runtime.distributed.shard import parallelize
 from moe_runtime.errors import RunError
+from moe_runtime.hf.lora import add_expert_lora
 from moe_runtime.train.parallel import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, HALF_WAY = 20, 10
 ROWS = 4  # of a step, whatever the number of processes
-MAX_NORM = 0.5  # below the norms of the first steps
+MAX_NORM = 0.1  # below the norms of the first steps
 RECIPES = {
     "fsdp": ParallelRecipe(data="fsdp"),
     "ddp": ParallelRecipe(data="ddp"),
@@ -47,9 +48,13 @@ MODELS = {
     "own": lambda **changes: tiny_model(MOE, **AUXILIARY, **changes),
     "attention": lambda: tiny_model(BAM_SHARED_KV_TOP_K, **AUXILIARY),
     "lopsided": lambda: lopsided(),
+    "adapted": lambda: adapted(),
 }
 BOTH = "experts-and-fsdp"
-TRAINED = [*(("own", recipe) for recipe in RECIPES), ("attention", BOTH), ("lopsided", BOTH)]
+TRAINED = [
+    *(("own", recipe) for recipe in RECIPES),
+    *((model, BOTH) for model in ("attention", "lopsided", "adapted")),
+]
 FAMILIES = ("mixtral", "gpt_oss")
 E = 4  # of the exchanges below
 # expert of each row, sorted, by process
@@ -74,6 +79,16 @@ def lopsided():
         weight_ED = layer.mlp.router.weight.requires_grad_(False)
         # logits a, -a, 0, 0, 0, 0: the larger of the first two, and the first of equal ones
         weight_ED[1], weight_ED[2:] = -weight_ED[0], 0.0
+    return model
+
+
+def adapted():
+    """Only the adapters of experts are trained, and none of them is zero."""
+    model = tiny_model(MOE, **AUXILIARY)
+    add_expert_lora(model, 2, 4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
     return model
 
 
