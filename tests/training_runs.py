@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as functional
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
@@ -12,8 +13,10 @@ from moe_families import tiny_family
 from tiny_models import DENSE, MOE, tiny_model
 
 from moe_runtime.hf.loading import load_causal_lm, load_tokenizer
+from moe_runtime.train import checkpoints
 from moe_runtime.train.data.load import load_train_data
 from moe_runtime.train.recipe import TrainRecipe, recipe_from_dict
+from moe_runtime.train.run import run_training
 
 KINDS: dict[str, Any] = {
     "ours": lambda: tiny_model(MOE, vocab_size=VOCAB_SIZE),
@@ -78,3 +81,22 @@ def nats_per_label(folder: Path, recipe: TrainRecipe) -> float:
         nats += functional.cross_entropy(logits_LV[:-1], row["labels"][1:], reduction="sum").item()
         labels += (row["labels"] != -100).sum().item()
     return nats / labels
+
+
+def stopped_at(step: int, recipe: TrainRecipe) -> None:
+    """Run until the checkpoint of a step is written, as if the process ended there."""
+
+    class EndedError(Exception):
+        pass
+
+    write = checkpoints.write
+
+    def write_and_end(output, at, *others):
+        write(output, at, *others)
+        if at == step:
+            raise EndedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "write", write_and_end)
+        with pytest.raises(EndedError):
+            run_training(recipe)
