@@ -1,11 +1,13 @@
 """The model of a run: loaded, set up as the recipe says, and refused where it cannot be trained so."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import set_seed
 
 from moe_runtime.errors import RunError
 from moe_runtime.hf import MoeRuntimeForCausalLM
@@ -19,7 +21,7 @@ from moe_runtime.stats.layers import routed_layers
 
 from .freeze import count_parameters, freeze, has_routers
 from .linear_loss import linear_loss_obstacle, use_linear_loss
-from .recipe import MoeSection, TrainRecipe
+from .recipe import MoeSection, TrainRecipe, TrainSection
 from .selection_bias import selection_bias
 
 SAID = "said_before_training"  # attribute of a model of transformers: options that training changed
@@ -40,6 +42,7 @@ def prepare_model(recipe: TrainRecipe, checkpoint: Path | None = None) -> Prepar
     Raises:
         RunError: the recipe asks for what this model has not, or for routers that would not be trained.
     """
+    set_seed(recipe.seed)  # adapters are random
     # a checkpoint of adapters, or of a model in shards, has no config.json
     whole = checkpoint is not None and (checkpoint / "config.json").is_file()
     folder = checkpoint if whole and checkpoint else recipe.model
@@ -83,7 +86,9 @@ def set_up_model(model: Any, recipe: TrainRecipe, checkpoint: Path | None = None
     check_routers(model, recipe.moe or MoeSection())
     if section.gradient_checkpointing:
         _checkpoint_gradients(model)
-    return Prepared(model, obstacle, count_parameters(model))
+    parameters = count_parameters(model)
+    check_rates(parameters, section)
+    return Prepared(model, obstacle, parameters)
 
 
 def check_recipe(model: nn.Module, recipe: TrainRecipe) -> None:
@@ -138,6 +143,21 @@ def check_routers(model: nn.Module, moe: MoeSection) -> None:
             raise RunError(
                 f"moe.bias_update must be 0 where routers have no selection bias, and {layer.name} "
                 f"({type(router).__name__}) has none, got {moe.bias_update}"
+            )
+        if moe.bias_update and not any(p.requires_grad for p in router.parameters()):
+            raise RunError(
+                "moe.bias_update must be 0 where train.freeze leaves routers as they are, got "
+                f"{moe.bias_update}"
+            )
+
+
+def check_rates(parameters: Mapping[str, Mapping[str, int]], section: TrainSection) -> None:
+    """Refuse learning rates of parts of which nothing is trained."""
+    rates = {"router": section.router_learning_rate, "expert": section.expert_learning_rate}
+    for name, part in (("router", "gate"), ("expert", "experts")):
+        if rates[name] is not None and not parameters.get(part, {}).get("trained"):
+            raise RunError(
+                f"train.{name}_learning_rate must be left out where no {name} is trained, got {rates[name]}"
             )
 
 

@@ -191,6 +191,11 @@ class TrainRecipe:
                 f"train.optimizer must be one of {', '.join(map(repr, ELEMENTWISE))} with parallel.data "
                 f"{self.parallel.data!r}, got {self.train.optimizer!r}"
             )
+        if self.moe is not None and self.moe.bias_update and self.train.lora is not None:
+            raise RecipeError(
+                "moe.bias_update must be 0 with train.lora, whose checkpoints hold adapters only, got "
+                f"{self.moe.bias_update}"
+            )
         if Path(self.output).resolve() == Path(self.model).resolve():
             raise RecipeError(f"output must be another folder than model, got {self.output!r} for both")
 

@@ -65,6 +65,10 @@ def test_a_recipe_survives_yaml_and_back(changes, tmp_path):
         ({"moe": {"balance_over": "batch"}}, "moe.balance_over must be one of 'micro_batch', 'sequence'"),
         ({"moe": {"expert_dropout": 1}}, "moe.expert_dropout must be below 1, got 1"),
         ({"moe": {"bias_update": -1}}, "moe.bias_update must be finite and not negative, got -1"),
+        (
+            {"moe": {"bias_update": 0.1}, "train": {"lora": {}}},
+            "moe.bias_update must be 0 with train.lora, whose checkpoints hold adapters only, got 0.1",
+        ),
         ({"parallel": {"data": "dp"}}, "data must be one of 'none', 'ddp', 'fsdp', got 'dp'"),
         ({"model": "out"}, "output must be another folder than model, got 'out' for both"),
         (

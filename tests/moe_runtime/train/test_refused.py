@@ -43,6 +43,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
             "moe.bias_update must be 0 where routers have no selection bias",
         ),
         (
+            "deepseek_v3",
+            {"moe": {"bias_update": 0.1}, "train": {"freeze": "gate"}},
+            "moe.bias_update must be 0 where train.freeze leaves routers as they are, got 0.1",
+        ),
+        (
+            "ours",
+            {"train": {"lora": {}, "router_learning_rate": 0.1}},
+            "train.router_learning_rate must be left out where no router is trained, got 0.1",
+        ),
+        (
+            "ours",
+            {"train": {"freeze": "moe", "expert_learning_rate": 0.1}},
+            "train.expert_learning_rate must be left out where no expert is trained, got 0.1",
+        ),
+        (
             "mixtral",
             {"train": {"recompute_experts": True}},
             "train.recompute_experts must be left out for models of",
