@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as functional
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from moe_families import tiny_family
-from tiny_models import DENSE, MOE, tiny_model
+from tiny_models import BAM_SHARED_KV_TOP_K, DENSE, MOE, tiny_model
 
 from moe_runtime.hf.loading import load_causal_lm, load_tokenizer
 from moe_runtime.train import checkpoints
@@ -21,6 +21,11 @@ from moe_runtime.train.run import run_training
 KINDS: dict[str, Any] = {
     "ours": lambda: tiny_model(MOE, vocab_size=VOCAB_SIZE),
     "dense": lambda: tiny_model(DENSE, vocab_size=VOCAB_SIZE),
+    # a mixture of attention, and dense feed-forwards
+    "attention": lambda: tiny_model(
+        BAM_SHARED_KV_TOP_K | {"num_experts": 0, "num_experts_per_tok": None, "moe_intermediate_size": None},
+        vocab_size=VOCAB_SIZE,
+    ),
     "mixtral": lambda: tiny_family("mixtral", vocab_size=VOCAB_SIZE),
     "deepseek_v3": lambda: tiny_family("deepseek_v3", vocab_size=VOCAB_SIZE),
 }

@@ -24,8 +24,8 @@ from moe_runtime.publishing import MODEL_TYPE
 from . import checkpoints
 from .balance import RouterWatch, balance_loss, certainty, expert_counts, tokens_of, z_loss
 from .figures import Window, Yardstick, loads
-from .freeze import has_routers, parameter_groups
-from .model import SAID
+from .freeze import parameter_groups
+from .model import SAID, has_feed_forward_routers
 from .recipe import MoeSection, TrainRecipe
 from .schedule import learning_rate_share
 from .selection_bias import update_selection_bias
@@ -87,7 +87,7 @@ class MoeTrainer(Trainer):
         self.model_accepts_loss_kwargs = (
             True  # the loss is a part of the batch's mean, not a mean to be divided
         )
-        self.watch = RouterWatch(self.model) if has_routers(self.model) else None
+        self.watch = RouterWatch(self.model) if has_feed_forward_routers(self.model) else None
         self.window = Window()
         self.update: Update | None = None
         self.grad_norm: Any = None
@@ -128,7 +128,8 @@ class MoeTrainer(Trainer):
     ) -> Tensor:
         update = self.update
         assert update is not None
-        if self.watch and self.moe.balance_over == "global_batch" and update.whole_count_LE is None:
+        is_whole = self.moe.balance_loss > 0 and self.moe.balance_over == "global_batch"
+        if self.watch and is_whole and update.whole_count_LE is None:
             update.whole_count_LE = self._count_whole_batch(model, update)
         loss = super().training_step(model, inputs, num_items_in_batch)
         update.losses.append(loss)
@@ -328,7 +329,7 @@ class MoeTrainer(Trainer):
                 batch.pop("sample", None)
                 inputs = self._prepare_inputs(batch)
                 labels = (inputs["labels"][..., 1:] != IGNORED).sum()
-                with torch.no_grad(), self.compute_loss_context_manager():
+                with torch.no_grad(), self._autocast():
                     loss = self.model_wrapped(
                         **inputs, num_items_in_batch=labels.clamp(min=1), use_cache=False
                     ).loss
@@ -437,9 +438,12 @@ class MoeTrainer(Trainer):
             super()._move_model_to_device(model, device)
 
     def compute_loss_context_manager(self) -> Any:
-        if self.parallel is not None and self.recipe.train.precision == "bfloat16":
-            return torch.autocast(self.args.device.type, torch.bfloat16)
-        return super().compute_loss_context_manager()
+        # accelerate puts it around the forward of a model that it prepares
+        return super().compute_loss_context_manager() if self.parallel is None else self._autocast()
+
+    def _autocast(self) -> torch.autocast:
+        is_on = self.recipe.train.precision == "bfloat16"
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=is_on)
 
 
 class _AroundUpdates(TrainerCallback):

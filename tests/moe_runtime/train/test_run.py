@@ -16,8 +16,10 @@ from training_runs import VOCAB_SIZE, a_recipe, nats_per_label, recipe_values, s
 from moe_runtime import cli
 from moe_runtime.errors import RunError
 from moe_runtime.hf.loading import load_causal_lm
+from moe_runtime.train.model import prepare_model
 from moe_runtime.train.recipe import load_recipe
 from moe_runtime.train.run import run_training
+from moe_runtime.train.trainer import MoeTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -150,6 +152,7 @@ def test_epochs_are_counted_in_steps(models, data, tmp_path):
     ("kind", "changes"),
     [
         ("dense", {}),
+        ("attention", {}),
         ("mixtral", {"train": {"gradient_checkpointing": True}, "moe": {"z_loss": 0.1}}),
         ("deepseek_v3", {"moe": {"balance_loss": 0, "bias_update": 1e-2}}),
         (
@@ -158,16 +161,18 @@ def test_epochs_are_counted_in_steps(models, data, tmp_path):
         ),
         ("ours", {"train": {"schedule": "cosine", "restarts": [2], "optimizer": "adafactor"}}),
     ],
-    ids=["dense", "mixtral", "deepseek", "bfloat16", "adafactor"],
+    ids=["dense", "attention", "mixtral", "deepseek", "bfloat16", "adafactor"],
 )
 def test_the_loss_falls(kind, changes, models, data, tmp_path):
     losses = run_training(a_recipe(models[kind], data, tmp_path / "out", **changes)).values("lm_loss")
     assert losses[-1] < losses[0]
 
 
-def test_a_bias_moves_by_the_counts_of_the_whole_step(models, data, tmp_path):
+def test_a_bias_moves_by_the_counts_of_the_whole_step(models, data, tmp_path, monkeypatch):
     gamma = 0.125
-    moe = {"balance_loss": 0, "bias_update": gamma}
+    moe = {"balance_loss": 0, "balance_over": "global_batch", "bias_update": gamma}
+    # a loss without weight is not worth a forward pass
+    monkeypatch.delattr(MoeTrainer, "_count_whole_batch")
     recipe = a_recipe(models["ours"], data, tmp_path / "out", train={"steps": 1}, moe=moe)
     run_training(recipe)
     load = torch.tensor(json.loads((tmp_path / "out" / "training.json").read_text())["load"])
@@ -197,6 +202,18 @@ def test_adapters_are_trained_saved_and_merged(kind, models, data, tmp_path):
     assert all(any(part in name for part in expected) for name in changed)
 
 
+def test_adapters_depend_on_the_seed_alone(models, data, tmp_path):
+    def adapters(seed):
+        torch.rand(seed + 1)  # what ran before in this process
+        recipe = a_recipe(models["ours"], data, tmp_path / "out", train={"lora": {"rank": 2}}, seed=seed)
+        model = prepare_model(recipe).model
+        return torch.cat([p.flatten() for p in model.parameters() if p.requires_grad])
+
+    first, again, other = adapters(0), adapters(0), adapters(1)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
 # --- going on ---
 
 
@@ -224,7 +241,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(kind, models, data, tmp_
 
 
 def test_a_run_that_was_stopped_after_its_last_step_only_writes_the_model(models, data, tmp_path):
-    changes = {"data": {"eval": [str(data)]}}
+    changes = {"data": {"eval": [str(data)]}, "train": {"precision": "bfloat16"}}
     straight = run_training(a_recipe(models["ours"], data, tmp_path / "straight", **changes))
     stopped = a_recipe(models["ours"], data, tmp_path / "stopped", **changes)
     stopped_at(4, stopped)
