@@ -35,6 +35,8 @@ setup(
     package_data={
         "moe_runtime_kernels": ["py.typed"],
         "moe_runtime": ["py.typed"],
+        "moe_runtime.flan": ["example.yaml"],
+        "moe_runtime.train": ["example.yaml"],
         "upcycle": ["py.typed", "recipes/*.yaml"],
         "upcycle.upit": ["example.yaml"],
     },

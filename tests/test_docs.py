@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
+from dense_models import save_dense
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
@@ -62,11 +64,14 @@ def test_readme_make_targets_exist(target):
     assert result.returncode == 0, result.stderr
 
 
-def test_readme_commands_run(tiny_checkpoint, tmp_path):
+def test_readme_commands_run(tmp_path):
     """README's `moe-runtime` commands, in their order, on a tiny checkpoint in the place of the real one."""
-    (tmp_path / ".cache").mkdir()
-    (tmp_path / ".cache" / "smollm2-135m").symlink_to(tiny_checkpoint)
-    (tmp_path / "upcycle").symlink_to(ROOT / "upcycle")
+    checkpoint = tmp_path / ".cache" / "smollm2-135m"
+    checkpoint.mkdir(parents=True)
+    byte_tokenizer().save_pretrained(checkpoint)
+    save_dense(checkpoint, "llama", vocab_size=VOCAB_SIZE, max_position_embeddings=512)
+    for folder in ("upcycle", "moe_runtime"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     ours = [shlex.split(line) for line in commands() if line.startswith("moe-runtime ")]
     assert ours
     for words in ours:
@@ -85,3 +90,12 @@ def test_readme_commands_run(tiny_checkpoint, tmp_path):
 def test_every_command_is_of_a_known_kind():
     known = ("make ", "moe-runtime ", "git clone ", "cd ", "pip install ", "source ", ". ")
     assert [line for line in commands() if not line.startswith(known)] == []
+
+
+def test_the_example_of_the_comparison_is_a_recipe():
+    """README runs the other one."""
+    from moe_runtime.flan.recipe import load_recipe
+
+    recipe = load_recipe(ROOT / "moe_runtime" / "flan" / "example.yaml")
+    assert recipe.mixture == "runs/granular"
+    assert [task.name for task in recipe.tasks] == ["find_word", "find_book"]
