@@ -20,7 +20,7 @@ from moe_runtime.train.linear_loss import use_linear_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / ".cache" / "smollm2-135m"
-TOKENS = 1024
+TOKENS = 512  # a CPU has ten minutes for all suites together
 EXPERTS, CHOSEN = 4, 2
 # one step of AdamW moves a weight by its rate, whatever the gradient: small, so that all steps see one model
 RATE = 1e-7
@@ -77,9 +77,7 @@ def step(model: nn.Module, ids_BL: Tensor, dtype: str) -> Callable[[], tuple[Ten
     return call
 
 
-@pytest.mark.parametrize(
-    ("dtype", "precision"), [("float32", "high"), ("float32", "highest"), ("bfloat16", "highest")]
-)
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "high"), ("bfloat16", "highest")])
 def bench_train_step(compare, tiny, set_precision, tmp_path, dtype, precision):
     if torch.cuda.is_available():
         pytest.skip("bench_end_to_end.py is that of a GPU")
@@ -112,6 +110,6 @@ def bench_train_step(compare, tiny, set_precision, tmp_path, dtype, precision):
         },
         {"moe_runtime": step(ours, ids_BL, dtype), "transformers_grouped_mm": step(theirs, ids_BL, dtype)},
         check=check,
-        rounds=5,
+        rounds=4,
         work={"moe_runtime": work, "transformers_grouped_mm": work},
     )
