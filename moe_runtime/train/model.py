@@ -19,6 +19,7 @@ from moe_runtime.optional import installed
 from moe_runtime.routers import TopKRouter
 from moe_runtime.stats.layers import routed_layers
 
+from .data.apart import keeps_samples_apart
 from .freeze import count_parameters, freeze, has_routers
 from .linear_loss import linear_loss_obstacle, use_linear_loss
 from .recipe import MoeSection, TrainRecipe, TrainSection
@@ -48,7 +49,19 @@ def prepare_model(recipe: TrainRecipe, checkpoint: Path | None = None) -> Prepar
     folder = checkpoint if whole and checkpoint else recipe.model
     attention = attention_of(recipe, torch.cuda.is_available(), installed("flash_attn") is not None)
     model: Any = load_causal_lm(folder, dtype=torch.float32, attention=attention)
-    return set_up_model(model, recipe, checkpoint)
+    prepared = set_up_model(model, recipe, checkpoint)
+    if recipe.data.packing and attention is None:  # flash attention is told the ends, and runs on no CPU
+        check_packing(model, recipe)
+    return prepared
+
+
+def check_packing(model: Any, recipe: TrainRecipe) -> None:
+    """Refuse packed rows whose samples the model would not keep apart."""
+    if not keeps_samples_apart(model, recipe.train.batch_size * recipe.data.max_length):
+        raise RunError(
+            f"data.packing must be false for {type(model).__name__}, whose attention does not keep packed "
+            "samples apart"
+        )
 
 
 def attention_of(recipe: TrainRecipe, on_gpu: bool, has_flash: bool) -> str | None:

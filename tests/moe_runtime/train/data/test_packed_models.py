@@ -7,10 +7,15 @@ import pytest
 import torch
 from moe_families import tiny_family
 from tiny_models import MOE, assert_equal_up_to_rounding, tiny_model
+from training_runs import a_recipe
 
+from moe_runtime.errors import RunError
 from moe_runtime.hf.document_attention import NAME, attend_by_document
+from moe_runtime.train import model as model_module
+from moe_runtime.train.data.apart import keeps_samples_apart
 from moe_runtime.train.data.rows import PaddingCollator, Rows, collate_packed
 from moe_runtime.train.data.samples import IGNORED, Sample
+from moe_runtime.train.model import prepare_model
 
 LENGTHS = (4, 2, 9, 5, 13, 7)
 PLACES = ((0, 2, 1), (3,), (4, 5))  # rows of a batch
@@ -124,3 +129,30 @@ def test_models_that_need_another_attention_keep_it():
     chunks = tiny_model(MOE)
     chunks.config.attention_chunk_size = 8
     assert not attend_by_document(chunks)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "jamba", "afmoe"])
+def test_a_model_that_mixes_packed_samples_is_refused(family, tmp_path, monkeypatch):
+    # as on a GPU, where no attention goes sample by sample
+    monkeypatch.setattr(model_module, "attend_by_document", lambda model: False)
+    folder = tmp_path / "model"
+    model = model_of(family)
+    model.save_pretrained(folder)
+    recipe = a_recipe(folder, tmp_path / "missing.jsonl", tmp_path / "out", data={"packing": True})
+    sentence = f"data.packing must be false for {type(model).__name__}, whose attention does not keep packed"
+    with pytest.raises(RunError, match=sentence):
+        prepare_model(recipe)
+    prepare_model(a_recipe(folder, tmp_path / "missing.jsonl", tmp_path / "out", data={"packing": False}))
+
+
+@pytest.mark.parametrize("by_document", [False, True])
+@pytest.mark.parametrize("family", ["moe_runtime", "mixtral", "olmoe"])
+def test_models_that_keep_packed_samples_apart(family, by_document):
+    model = model_of(family)
+    if by_document:
+        assert attend_by_document(model)
+    assert keeps_samples_apart(model.train(), 64)
+    assert model.training
+    model.config.index_topk = 32  # tokens that are attended to, of a row that has more
+    assert not keeps_samples_apart(model, 64)
+    assert keeps_samples_apart(model, 32)
