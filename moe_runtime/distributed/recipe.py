@@ -1,9 +1,10 @@
 """How a run is spread over processes."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from moe_runtime.config_checks import check_choice, check_positive
+from moe_runtime.errors import RecipeError
+from moe_runtime.recipe_checks import check_choice, check_whole
 
 Data = Literal["none", "ddp", "fsdp"]
 
@@ -21,10 +22,10 @@ class ParallelRecipe:
     experts: int = 1
 
     def __post_init__(self) -> None:
-        check_choice("data", self.data, Data)
-        check_positive(self, "experts")
+        check_choice("parallel.data", self.data, get_args(Data))
+        check_whole("parallel.experts", self.experts, 1)
         if self.data == "none" and self.experts > 1:
-            raise ValueError(
-                f"data must be 'ddp' or 'fsdp' with experts above 1, because processes that share experts "
-                f"have rows of their own, got 'none' with experts = {self.experts}"
+            raise RecipeError(
+                "parallel.data must be 'ddp' or 'fsdp' with parallel.experts above 1, because processes that "
+                f"share experts have rows of their own, got 'none' with experts = {self.experts}"
             )

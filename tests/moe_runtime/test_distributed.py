@@ -262,11 +262,11 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            ({"data": "zero"}, "data must be one of 'none', 'ddp', 'fsdp', got 'zero'"),
-            ({"data": "fsdp", "experts": 0}, "experts must be a whole number of at least 1, got 0"),
+            ({"data": "zero"}, "^parallel.data must be one of 'none', 'ddp', 'fsdp', got 'zero'"),
+            ({"data": "fsdp", "experts": 0}, "^parallel.experts must be at least 1, got 0"),
             (
                 {"experts": 2},
-                "data must be 'ddp' or 'fsdp' with experts above 1.*got 'none' with experts = 2",
+                "^parallel.data must be 'ddp' or 'fsdp' with parallel.experts above 1.*got 'none' with",
             ),
         ],
         ids=["data", "experts", "both"],
