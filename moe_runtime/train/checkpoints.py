@@ -4,12 +4,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moe_runtime.errors import RunError
 
-from .recipe import TrainRecipe, recipe_from_dict
+from .recipe import MoeSection, TrainRecipe, recipe_from_dict
 from .schedule import first_difference
 
 FOLDER = "checkpoints"
@@ -100,8 +101,14 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
     try:
         values = json.loads((checkpoint / RUN_NAME).read_text(encoding="utf-8"))
         values["recipe"], values["steps"], values["rows"], values["data"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{checkpoint / RUN_NAME} must say what the checkpoint is of: {error!r}") from None
+    except OSError as error:
+        raise RunError(
+            f"{checkpoint / RUN_NAME} must say what the checkpoint is of: {error.strerror}"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise RunError(
+            f"{checkpoint / RUN_NAME} must say what the checkpoint is of, and is damaged"
+        ) from None
     return values
 
 
@@ -112,9 +119,9 @@ def check_same_run(checkpoint: Path, recipe: TrainRecipe, steps: int, rows: int,
         RunError: naming the first field that differs.
     """
     values = read_run(checkpoint)
-    old, new = _fields(values["recipe"]), _fields(recipe.to_dict())
-    for name in sorted((old.keys() | new.keys()) - MAY_CHANGE):
-        before, now = old.get(name), new.get(name)
+    old, new = (_fields(of) for of in (recipe_from_dict(values["recipe"], where=str(checkpoint)), recipe))
+    for name in sorted(new.keys() - MAY_CHANGE):
+        before, now = old[name], new[name]
         if before != now:
             raise RunError(
                 f"{name} must be {before!r} as in the checkpoint {checkpoint}, got {now!r}; a changed recipe "
@@ -146,10 +153,10 @@ def _check_schedule(checkpoint: Path, recipe: TrainRecipe, values: dict[str, Any
         )
 
 
-def _fields(values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of all sections under names such as "train.steps"."""
+def _fields(recipe: TrainRecipe) -> dict[str, Any]:
+    """The fields of all sections under names such as "train.steps"; without a section, its defaults."""
     fields: dict[str, Any] = {}
-    for name, value in values.items():
+    for name, value in replace(recipe, moe=recipe.moe or MoeSection()).to_dict().items():
         of_section = value.items() if isinstance(value, dict) else ()
         fields |= {f"{name}.{key}": element for key, element in of_section}
         if not isinstance(value, dict):

@@ -31,7 +31,7 @@ def train_command(
     from .run import plan_training, run_training
 
     if dry_run:
-        planned = plan_training(loaded)
+        planned = plan_training(loaded, resume)
         if as_json:
             typer.echo(json.dumps(planned, indent=2))
         else:
@@ -61,4 +61,6 @@ def _print_plan(planned: dict[str, Any]) -> None:
         table.add_row(part, f"{counts['all']:,}", f"{counts['trained']:,}")
     Console().print(table)
     typer.echo(f"{planned['steps']:,} steps of {planned['rows_per_step']:,} rows")
+    if planned["checkpoint"] is not None:
+        typer.echo(f"Would go on from {planned['checkpoint']}")
     typer.echo(f"Would write {planned['output']}")

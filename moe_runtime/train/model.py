@@ -94,7 +94,10 @@ def set_up_model(model: Any, recipe: TrainRecipe, checkpoint: Path | None = None
         load_expert_lora(model, checkpoint)
     elif section.lora is not None:
         lora = section.lora
-        add_expert_lora(model, lora.rank, lora.alpha, lora.targets, target_modules=lora.target_modules)
+        try:
+            add_expert_lora(model, lora.rank, lora.alpha, lora.targets, target_modules=lora.target_modules)
+        except ValueError as error:  # PEFT's own among them
+            raise RunError(f"train.lora does not fit the model: {error}") from error
     freeze(model, section.freeze)
     check_routers(model, recipe.moe or MoeSection())
     if section.gradient_checkpointing:

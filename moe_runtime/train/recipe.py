@@ -86,7 +86,7 @@ class TrainSection:
     recompute_experts: bool = False
     freeze: Freeze = "none"
     lora: LoraRecipe | None = None
-    save_every: int | None = None  # steps; None: only at the end
+    save_every: int | None = 500  # steps; None: only at the end
     keep: int = 2  # checkpoints, besides the trained model
     log_every: int = 10  # steps
     eval_every: int | None = None  # steps; None: only at the end
@@ -182,6 +182,8 @@ class TrainRecipe:
         check_type("model", self.model, str)
         check_type("output", self.output, str)
         check_whole("seed", self.seed, 0)
+        if self.seed >= 1 << 32:
+            raise RecipeError(f"seed must be below {1 << 32}, got {self.seed}")
         for name, kind in (("data", DataRecipe), ("train", TrainSection), ("parallel", ParallelRecipe)):
             value = getattr(self, name)
             if not isinstance(value, kind):

@@ -50,30 +50,35 @@ def run_training(recipe: TrainRecipe, resume: bool = False, *, console: Console 
     if parallel is not None:
         torch.distributed.barrier()  # all have looked before one writes
     with quiet_transformers():
-        prepared = prepare_model(recipe, checkpoint)
-        data = _load_data(recipe, prepared.model)
-        steps = num_steps(recipe, data)
-        about_data = data.summary
-        if checkpoint is not None:
-            checkpoints.check_same_run(checkpoint, recipe, steps, rows_per_step(recipe), about_data)
-            stored = finished(output, steps)
-            if stored is not None:
-                return stored
+        prepared, data, steps = _load(recipe, checkpoint)
+        stored = finished(output, steps) if checkpoint is not None else None
+        if stored is not None:
+            return stored
         if parallel is not None:
             parallel.prepare(prepared.model, recipe.parallel)
         trainer = _make_trainer(recipe, prepared, data, steps, parallel)
+        if not trainer.is_world_process_zero():
+            console = None
+        if resume and checkpoint is None and console is not None:
+            console.print(f"no checkpoint in {output} yet: begins anew", highlight=False, soft_wrap=True)
         return _train(trainer, recipe, checkpoint, prepared, data, console)
 
 
-def plan_training(recipe: TrainRecipe) -> dict[str, Any]:
-    """What a run would do, after loading model and data; nothing is written."""
+def plan_training(recipe: TrainRecipe, resume: bool = False) -> dict[str, Any]:
+    """What a run would do, after all checks, loading model and data; nothing is written.
+
+    Raises:
+        RunError: as `run_training`.
+    """
+    check_packages(recipe.train)
+    checkpoint = _check_output(Path(recipe.output), resume)
     with quiet_transformers():
-        prepared = prepare_model(recipe)
-        data = _load_data(recipe, prepared.model)
+        prepared, data, steps = _load(recipe, checkpoint)
     return {
         "model": recipe.model,
         "output": recipe.output,
-        "steps": num_steps(recipe, data),
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "steps": steps,
         "rows_per_step": rows_per_step(recipe),
         "parameters": prepared.parameters,
         "data": data.summary,
@@ -140,9 +145,15 @@ def _check_output(output: Path, resume: bool) -> Path | None:
     return None
 
 
-def _load_data(recipe: TrainRecipe, model: Any) -> TrainData:
-    longest = getattr(model.config, "max_position_embeddings", None)
-    return load_train_data(recipe.data, load_tokenizer(recipe.model), recipe.seed, longest)
+def _load(recipe: TrainRecipe, checkpoint: Path | None) -> tuple[Prepared, TrainData, int]:
+    """The model, the data, and how many steps there are."""
+    prepared = prepare_model(recipe, checkpoint)
+    longest = getattr(prepared.model.config, "max_position_embeddings", None)
+    data = load_train_data(recipe.data, load_tokenizer(recipe.model), recipe.seed, longest)
+    steps = num_steps(recipe, data)
+    if checkpoint is not None:
+        checkpoints.check_same_run(checkpoint, recipe, steps, rows_per_step(recipe), data.summary)
+    return prepared, data, steps
 
 
 def _make_trainer(
@@ -209,8 +220,6 @@ def _train(
     output = Path(recipe.output)
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    if not trainer.is_world_process_zero():
-        console = None
     progress = StageProgress(console or Console(quiet=True))
     progress.expect([1.0])
     with progress.stage("training", 1.0) as on_share:

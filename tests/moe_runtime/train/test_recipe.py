@@ -69,13 +69,14 @@ def test_a_recipe_survives_yaml_and_back(changes, tmp_path):
             {"moe": {"bias_update": 0.1}, "train": {"lora": {}}},
             "moe.bias_update must be 0 with train.lora, whose checkpoints hold adapters only, got 0.1",
         ),
-        ({"parallel": {"data": "dp"}}, "data must be one of 'none', 'ddp', 'fsdp', got 'dp'"),
+        ({"parallel": {"data": "dp"}}, "parallel.data must be one of 'none', 'ddp', 'fsdp', got 'dp'"),
         ({"model": "out"}, "output must be another folder than model, got 'out' for both"),
         (
             {"parallel": {"data": "fsdp"}, "train": {"optimizer": "adafactor"}},
             "'adamw_torch_fused', 'sgd', 'adagrad', 'rmsprop' with parallel.data 'fsdp', got 'adafactor'",
         ),
         ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": 2**32}, "seed must be below 4294967296, got 4294967296"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(changes, message):

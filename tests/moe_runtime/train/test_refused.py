@@ -73,6 +73,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
             "train.steps must be given with",
         ),
         ("ours", {"data": {"max_length": 4096}}, "data.max_length must be at most 2048"),
+        (
+            "ours",
+            {"train": {"lora": {"target_modules": ["nothing"]}}},
+            "train.lora does not fit the model: Target modules {'nothing'} not found",
+        ),
     ],
 )
 def test_what_a_model_has_not_is_refused(kind, changes, message, models, data, tmp_path):
