@@ -44,7 +44,7 @@ def run(folder):
     return done.stderr
 
 
-def recipe(folder, name, processes, **parallel):
+def recipe(folder, name, processes, checkpointed, **parallel):
     return a_recipe(
         folder / "model",
         folder / "data.jsonl",
@@ -57,7 +57,7 @@ def recipe(folder, name, processes, **parallel):
             "router_learning_rate": 3e-3,
             "warmup_steps": 3,
             "max_grad_norm": 0.5,
-            "gradient_checkpointing": bool(parallel),  # no bit changes, and the experts are asked again
+            "gradient_checkpointing": checkpointed,  # no bit changes, and the experts are asked again
             "save_every": HALF_WAY,
         },
         moe={"balance_loss": 0.1, "balance_over": "global_batch", "z_loss": 0.01, "bias_update": 1e-2},
@@ -75,6 +75,11 @@ def processes(size, work, *arguments):
     )
 
 
+def in_one_process(work, *arguments):
+    """`work` in a process without torchrun's environment."""
+    torch.multiprocessing.start_processes(lambda rank: work(*arguments), nprocs=1, start_method="fork")
+
+
 def in_process(rank, size, port, work, arguments):
     os.environ |= {
         "RANK": str(rank),
@@ -88,9 +93,9 @@ def in_process(rank, size, port, work, arguments):
     work(*arguments)
 
 
-def as_it_was(folder, name, step):
+def as_it_was(folder, run, name, step):
     """A copy of the run as it was when it had saved that step."""
-    shutil.copytree(folder / GOES_ON, folder / name)
+    shutil.copytree(folder / run, folder / name)
     for path in (folder / name).iterdir():
         if path.name != "checkpoints":
             path.unlink() if path.is_file() else shutil.rmtree(path)
@@ -101,18 +106,19 @@ def as_it_was(folder, name, step):
 def main(folder):
     save_model("ours", folder / "model", **OPTIONS)
     save_data(folder / "data.jsonl")
-    torch.multiprocessing.start_processes(
-        lambda rank, of_run: run_training(of_run), (recipe(folder, "one", 1),), nprocs=1, start_method="fork"
-    )
+    in_one_process(run_training, recipe(folder, "one", 1, False))
     for name, layout in LAYOUTS.items():
-        processes(2, run_training, recipe(folder, name, 2, **layout))
-    for name, step, size, layout in (
-        ("two-again", HALF_WAY, 2, LAYOUTS[GOES_ON]),
-        ("two-at-the-end", STEPS, 2, LAYOUTS[GOES_ON]),
-        ("one-again", HALF_WAY, 1, {"data": "fsdp"}),
+        processes(2, run_training, recipe(folder, name, 2, True, **layout))
+    for run, name, step, size, layout in (
+        (GOES_ON, "two-again", HALF_WAY, 2, LAYOUTS[GOES_ON]),
+        (GOES_ON, "two-at-the-end", STEPS, 2, LAYOUTS[GOES_ON]),
+        ("one", "two-from-one", HALF_WAY, 2, LAYOUTS[GOES_ON]),
     ):
-        as_it_was(folder, name, step)
-        processes(size, run_training, recipe(folder, name, size, **layout), True)
+        as_it_was(folder, run, name, step)
+        processes(size, run_training, recipe(folder, name, size, run != "one", **layout), True)
+    for name in ("one-again", "one-at-the-end"):
+        as_it_was(folder, GOES_ON, name, HALF_WAY if name == "one-again" else STEPS)
+        in_one_process(run_training, recipe(folder, name, 1, True), True)
 
 
 if __name__ == "__main__":

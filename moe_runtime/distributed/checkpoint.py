@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -46,9 +46,9 @@ def load_state(folder: str | Path, model: nn.Module, optimizer: Optimizer, **oth
     Raises:
         RunError: the folder holds no checkpoint, or one of another model.
     """
-    metadata = _read_metadata(folder)
     load_model(folder, model)
-    _load_optimizer(folder, metadata, model, optimizer)
+    load_optimizer(folder, model, optimizer)
+    metadata = _read_metadata(folder)
     return others | _load_pickled(folder, {name for name in others if name in metadata})
 
 
@@ -201,14 +201,51 @@ def load_model(folder: str | Path, model: nn.Module) -> None:
     if differing:
         name = min(name for name, _ in differing).removeprefix("model.")
         raise RunError(f"{folder} must hold this model, and holds another: see {name}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, checkpoint_id=folder)
+    _read(tensors, folder)
 
 
-def _load_optimizer(folder: str | Path, metadata: Metadata, model: nn.Module, optimizer: Optimizer) -> None:
-    state = _optimizer_state(folder, metadata, model)
-    options = _load_pickled(folder, {"options"})["options"]
+def load_whole_optimizer(
+    stored: dict[str, Any], names: list[str], model: nn.Module, optimizer: Optimizer
+) -> None:
+    """Take over what an optimizer of one process kept, each process its part.
+
+    Args:
+        stored: the `state_dict()` of that optimizer.
+        names: of its parameters, in its order.
+        model: spread by `parallelize`.
+        optimizer: of this model.
+
+    Raises:
+        RunError: it kept other tensors than in the shape of a parameter.
+    """
+    of_group = [(position, group) for group in stored["param_groups"] for position in group["params"]]
+    name_at = {position: name for (position, _), name in zip(of_group, names, strict=True)}
+    options = {
+        name_at[position]: {key: value for key, value in group.items() if key != "params"}
+        for position, group in of_group
+    }
+    parameters, meshes = dict(model.named_parameters()), _expert_meshes(model)
+    state = {
+        name: {
+            key: _part(f"{key} of {name}", value, parameters[name], meshes.get(name))
+            for key, value in stored["state"][position].items()
+        }
+        for position, name in name_at.items()
+        if position in stored["state"]
+    }
+    _set_optimizer(model, optimizer, state, options)
+
+
+def load_optimizer(folder: str | Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Read the optimizer alone, in place; without other processes too."""
+    state = _optimizer_state(folder, _read_metadata(folder), model)
+    _set_optimizer(model, optimizer, state, _load_pickled(folder, {"options"})["options"])
+
+
+def _set_optimizer(
+    model: nn.Module, optimizer: Optimizer, state: dict[str, Any], options: dict[str, dict[str, Any]]
+) -> None:
+    """`state` and `options` by the names of parameters."""
     name_of = {parameter: name for name, parameter in model.named_parameters()}
     by_position: dict[int, dict[str, Tensor]] = {}
     groups = []
@@ -237,13 +274,46 @@ def _optimizer_state(
         )
         state.setdefault(owner, {})[key] = value
         read[name] = _whole(value, None if is_number else meshes.get(owner))
-    dcp.load(read, checkpoint_id=folder)
+    _read(read, folder)
     return state
+
+
+def _part(what: str, value: Any, parameter: nn.Parameter, expert_mesh: DeviceMesh | None) -> Any:
+    """This process's part of what an optimizer kept of a parameter."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    whole = _whole(parameter, expert_mesh)
+    if value.shape != whole.shape:
+        raise RunError(
+            f"train.optimizer must keep numbers, and tensors in the shape of a parameter, on several "
+            f"processes, got one that keeps {what} in the shape {tuple(value.shape)}"
+        )
+    assert isinstance(parameter, DTensor)
+    assert isinstance(whole, DTensor)
+    # without a source every process cuts its own copy
+    part = distribute_tensor(
+        value.to(parameter.device), whole.device_mesh, whole.placements, src_data_rank=None
+    )
+    return DTensor.from_local(
+        part.to_local().clone(),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def _read(values: dict[str, Any], folder: str | Path) -> None:
+    """In place; without other processes too."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(values, checkpoint_id=folder)
 
 
 def _load_pickled(folder: str | Path, names: set[str]) -> dict[str, Any]:
     pickled = dict.fromkeys(names, b"")
-    dcp.load(pickled, checkpoint_id=folder)
+    _read(pickled, folder)
     return {name: pickle.loads(value) for name, value in pickled.items()}
 
 

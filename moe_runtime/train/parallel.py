@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from moe_runtime.distributed.checkpoint import load_state, save_state, whole_state_dict
+from moe_runtime.distributed.checkpoint import load_whole_optimizer, save_state, whole_state_dict
 from moe_runtime.distributed.gradients import clip_grad_norm, split_by_mesh
 from moe_runtime.distributed.mesh import make_layout, start
 from moe_runtime.distributed.recipe import ParallelRecipe
@@ -14,7 +14,7 @@ from moe_runtime.distributed.shard import parallelize
 
 __all__ = [
     "clip_grad_norm",
-    "load_state",
+    "load_whole_optimizer",
     "prepare",
     "save_state",
     "split_by_mesh",

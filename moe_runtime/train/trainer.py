@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
 from moe_runtime.errors import RunError
 from moe_runtime.hf.lora import save_expert_lora
@@ -379,8 +379,11 @@ class MoeTrainer(Trainer):
             None if values["load"] is None else torch.tensor(values["load"], dtype=torch.float64)
         )
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if self.parallel is not None and self.state.global_step >= self.args.max_steps:
-            self.parallel.load_state(checkpoint / SHARDS_NAME, self.model, self.create_optimizer())
+        shards = checkpoint / SHARDS_NAME
+        if shards.is_dir():
+            from moe_runtime.distributed.checkpoint import load_model
+
+            load_model(shards, self.model)
 
     def _any_error(self, error: str | None) -> str | None:
         """The error of one of the processes, once all have come here."""
@@ -418,10 +421,8 @@ class MoeTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.parallel is None or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        else:
-            self.parallel.load_state(Path(checkpoint) / SHARDS_NAME, self.model, self.optimizer)
+        if checkpoint is not None:
+            self._load_optimizer(Path(checkpoint))
             stored = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
             self.lr_scheduler.load_state_dict(stored)
         # the checkpoint has the rate of its own schedule, which may have ended with it
@@ -430,6 +431,25 @@ class MoeTrainer(Trainer):
         scheduler._last_lr = [rate * share for rate in scheduler.base_lrs]
         for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
             group["lr"] = rate
+
+    def _load_optimizer(self, checkpoint: Path) -> None:
+        """That of one process or of several; `restore` and `prepare_model` have read the model."""
+        shards, whole = checkpoint / SHARDS_NAME, checkpoint / OPTIMIZER_NAME
+        if shards.is_dir():
+            from moe_runtime.distributed.checkpoint import load_optimizer
+
+            load_optimizer(shards, self.model, self.optimizer)
+            return
+        if not whole.is_file():
+            raise RunError(f"{checkpoint} must hold {SHARDS_NAME} or {OPTIMIZER_NAME}, and holds neither")
+        stored = torch.load(whole, map_location="cpu", weights_only=True)
+        if self.parallel is None:
+            self.optimizer.load_state_dict(stored)
+            return
+        name_of = {parameter: name for name, parameter in self.model.named_parameters()}
+        groups = parameter_groups(self.model, self.recipe.train)
+        names = [name_of[parameter] for group in groups for parameter in group["params"]]
+        self.parallel.load_whole_optimizer(stored, names, self.model, self.optimizer)
 
     # --- models that `parallel` has prepared ---
 

@@ -5,10 +5,12 @@ import sys
 import parallel_training
 import pytest
 import torch
-from parallel_training import GOES_ON, HALF_WAY, LAYOUTS, STEPS
+from parallel_training import GOES_ON, HALF_WAY, LAYOUTS, STEPS, as_it_was, recipe
 
 from moe_runtime import cli
+from moe_runtime.errors import RunError
 from moe_runtime.hf.loading import json_object, load_causal_lm, load_tokenizer
+from moe_runtime.train.run import run_training
 
 LOSSES = 1e-5  # of 20 steps in float32
 NAMES = ("loss", "lm_loss", "balance_loss", "z_loss", "grad_norm")
@@ -46,7 +48,7 @@ def test_two_processes_train_as_one(layout, folder):
     assert torch.equal(actual["model.layers.0.mlp.router.selection_bias"], bias)
 
 
-@pytest.mark.parametrize("name", ["two-again", "two-at-the-end"])
+@pytest.mark.parametrize("name", ["two-again", "two-at-the-end", "one-at-the-end"])
 def test_goes_on_with_the_same_bits(name, folder):
     """From half way, and where only the output is missing."""
     straight, resumed = (load_causal_lm(folder / run).state_dict() for run in (GOES_ON, name))
@@ -54,8 +56,21 @@ def test_goes_on_with_the_same_bits(name, folder):
         assert torch.equal(resumed[key], weight), key
 
 
-def test_goes_on_in_one_process(folder):
-    assert_same_log(folder / "one-again", folder / GOES_ON)
+@pytest.mark.parametrize(("name", "run"), [("one-again", GOES_ON), ("two-from-one", "one")])
+def test_goes_on_with_another_number_of_processes(name, run, folder):
+    """ "one-again" reads what two processes wrote in parts, "two-from-one" what one wrote as a whole."""
+    assert_same_log(folder / name, folder / run)
+    expected, actual = (load_causal_lm(folder / of).state_dict() for of in (run, name))
+    for key, weight in expected.items():
+        assert torch.allclose(actual[key], weight, rtol=0.0, atol=2e-5), key
+
+
+def test_a_checkpoint_without_its_optimizer_is_refused(folder):
+    as_it_was(folder, "one", "damaged", HALF_WAY)
+    checkpoint = folder / "damaged" / "checkpoints" / f"checkpoint-{HALF_WAY}"
+    (checkpoint / "optimizer.pt").unlink()
+    with pytest.raises(RunError, match=f"{checkpoint} must hold state or optimizer.pt, and holds neither"):
+        run_training(recipe(folder, "damaged", 1, False), resume=True)
 
 
 def test_checkpoints_are_whole_and_few(folder):
