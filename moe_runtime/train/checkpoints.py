@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .schedule import first_difference
 FOLDER = "checkpoints"
 UNFINISHED = ".unfinished"
 RUN_NAME = "run.json"  # what the checkpoint is of; written last
+PIECE, PIECES = 1 << 16, 256  # bytes of a file that are looked at
 # what a resumed run may say otherwise: nothing of it changes a weight up to the checkpoint
 FREE = ("save_every", "keep", "log_every", "eval_every", "report_to")
 EXTENDED = ("steps", "restarts")  # if the learning rates up to the checkpoint stay as they were
@@ -100,7 +102,7 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads((checkpoint / RUN_NAME).read_text(encoding="utf-8"))
-        values["recipe"], values["steps"], values["rows"], values["data"]
+        values["recipe"], values["steps"], values["rows"], values["data"], values["base"]
     except OSError as error:
         raise RunError(
             f"{checkpoint / RUN_NAME} must say what the checkpoint is of: {error.strerror}"
@@ -110,6 +112,32 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint / RUN_NAME} must say what the checkpoint is of, and is damaged"
         ) from None
     return values
+
+
+def fingerprint(model: str) -> str:
+    """sha256 of the names and sizes of a model's weight files, and of pieces all over each of them."""
+    digest = sha256()
+    for path in sorted(path for path in Path(model).iterdir() if path.suffix in (".safetensors", ".bin")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(PIECE, size // PIECES)):
+                file.seek(start)
+                digest.update(file.read(PIECE))
+    return digest.hexdigest()
+
+
+def check_same_base(checkpoint: Path, model: str) -> None:
+    """Refuse adapters that were trained for other weights than those in the folder `model`.
+
+    Raises:
+        RunError: the weights have changed since.
+    """
+    if read_run(checkpoint)["base"] != fingerprint(model):
+        raise RunError(
+            f"model must hold the weights that the adapters in {checkpoint} were trained for, and those of "
+            f"{model} have changed"
+        )
 
 
 def check_same_run(checkpoint: Path, recipe: TrainRecipe, steps: int, rows: int, data: Any) -> None:

@@ -21,7 +21,7 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path) -> None:
         output: a folder that does not exist yet.
 
     Raises:
-        RunError: the output exists, or the folder is no checkpoint of a run.
+        RunError: the output exists or cannot be written, or the folder is no checkpoint of a run.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     if output.exists():
@@ -38,5 +38,10 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path) -> None:
             model = prepare_model(recipe, checkpoint).model
         unfinished = output.with_name(f".{output.name}.incomplete")
         shutil.rmtree(unfinished, ignore_errors=True)
-        fill(unfinished, recipe, model)
-    unfinished.rename(output)
+        try:
+            fill(unfinished, recipe, model)
+            unfinished.rename(output)
+        except Exception as error:  # of the disk by many names, as for checkpoints
+            raise RunError(f"{output} could not be written ({' '.join(str(error).split())})") from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)

@@ -3,6 +3,8 @@
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +46,15 @@ class Window:
         for name, value in values.items():
             known = getattr(self, name)
             setattr(self, name, value.detach() if known is None else known + value.detach())
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside takes no time of training."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.started += time.perf_counter() - before
 
     def parts(self) -> list[str]:
         """Names of what has to be summed over processes."""

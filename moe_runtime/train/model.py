@@ -16,9 +16,11 @@ from moe_runtime.hf.document_attention import attend_by_document
 from moe_runtime.hf.loading import load_causal_lm
 from moe_runtime.hf.lora import CONFIG_NAME, add_expert_lora, load_expert_lora
 from moe_runtime.optional import installed
+from moe_runtime.publishing import MODEL_TYPE
 from moe_runtime.routers import TopKRouter
 from moe_runtime.stats.layers import routed_layers
 
+from . import checkpoints
 from .data.apart import keeps_samples_apart
 from .freeze import count_parameters, freeze, has_routers
 from .linear_loss import linear_loss_obstacle, use_linear_loss
@@ -91,6 +93,7 @@ def set_up_model(model: Any, recipe: TrainRecipe, checkpoint: Path | None = None
     if obstacle is None:
         use_linear_loss(model)
     if section.lora is not None and checkpoint is not None and (checkpoint / CONFIG_NAME).is_file():
+        checkpoints.check_same_base(checkpoint, recipe.model)
         load_expert_lora(model, checkpoint)
     elif section.lora is not None:
         lora = section.lora
@@ -175,6 +178,24 @@ def check_rates(parameters: Mapping[str, Mapping[str, int]], section: TrainSecti
             raise RunError(
                 f"train.{name}_learning_rate must be left out where no {name} is trained, got {rates[name]}"
             )
+
+
+def save_whole(model: Any, folder: str | Path, moe: MoeSection) -> None:
+    """`save_pretrained`, with what the configuration says of auxiliary losses outside of this trainer: in
+    ours the factors of the recipe, in one of transformers what it said before.
+    """
+    config = model.config
+    said = {"router_aux_loss_coef": moe.balance_loss, "router_z_loss_coef": moe.z_loss}
+    if config.model_type != MODEL_TYPE:
+        said = getattr(model, SAID, {})
+    while_training = {name: getattr(config, name) for name in said}
+    for name, value in said.items():
+        setattr(config, name, value)
+    try:
+        model.save_pretrained(folder)
+    finally:
+        for name, value in while_training.items():
+            setattr(config, name, value)
 
 
 def _gate_is_constant(router: Any) -> bool:

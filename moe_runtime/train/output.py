@@ -1,9 +1,12 @@
 """The folder that a finished run leaves: a model that `from_pretrained` loads, and the record of the run."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor, nn
 
 from moe_runtime.errors import RunError
 from moe_runtime.hf.loading import json_object, load_tokenizer
@@ -12,9 +15,9 @@ from moe_runtime.machine import describe_machine
 
 from . import checkpoints
 from .card import model_card
-from .model import Prepared, prepare_model
+from .model import Prepared, prepare_model, save_whole
 from .recipe import MoeSection, TrainRecipe
-from .trainer import MoeTrainer, save_whole
+from .trainer import MoeTrainer
 
 RECORD_NAME = "training.json"  # written last: its presence says that the output is whole
 ADAPTER_NAME = "adapter"
@@ -63,7 +66,7 @@ def write_output(trainer: MoeTrainer, prepared: Prepared, about_data: Any, resul
         try:
             if state is not None:
                 model = prepare_model(trainer.recipe).model
-                model.load_state_dict(state, strict=False)  # without the second name of a tied head
+                load_whole(model, state)
             fill(unfinished, trainer.recipe, model)
             _put_in_place(unfinished, output)
             record = _record(trainer, prepared, about_data, result)
@@ -78,6 +81,20 @@ def write_output(trainer: MoeTrainer, prepared: Prepared, about_data: Any, resul
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def load_whole(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load every tensor; a tied one may be there under one of its names only.
+
+    Raises:
+        RunError: naming a tensor that is missing, or that the model has not.
+    """
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    own = model.state_dict()
+    loaded = {own[name].data_ptr() for name in state.keys() & own.keys()}
+    lost = [name for name in missing if own[name].data_ptr() not in loaded]
+    if lost or unexpected:
+        raise RunError(f"state must hold the tensors of the model, and differs in {(lost + unexpected)[0]}")
 
 
 def fill(folder: Path, recipe: TrainRecipe, model: Any) -> None:

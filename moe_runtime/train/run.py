@@ -229,8 +229,10 @@ def _train(
         if trainer.state.global_step < trainer.args.max_steps:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = trainer.seconds()
-    metrics = trainer.evaluate() if data.eval else {}
     state = trainer.state
+    metrics = _metrics_at(state.global_step, state.log_history)
+    if data.eval and not metrics:
+        metrics = trainer.evaluate()
     result = TrainResult(
         output=str(output),
         steps=state.global_step,
@@ -242,6 +244,12 @@ def _train(
     )
     write_output(trainer, prepared, data.summary, result)
     return result
+
+
+def _metrics_at(step: int, log: list[dict[str, Any]]) -> dict[str, float]:
+    """What was evaluated after a step, if anything was."""
+    of_step = (entry.items() for entry in log if entry["step"] == step)
+    return {name: value for items in of_step for name, value in items if name.startswith("eval_")}
 
 
 class _Shown(TrainerCallback):

@@ -19,13 +19,12 @@ from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
 from moe_runtime.errors import RunError
 from moe_runtime.hf.lora import save_expert_lora
-from moe_runtime.publishing import MODEL_TYPE
 
 from . import checkpoints
 from .balance import RouterWatch, balance_loss, certainty, expert_counts, tokens_of, z_loss
 from .figures import Window, Yardstick, loads
 from .freeze import parameter_groups
-from .model import SAID, has_feed_forward_routers
+from .model import has_feed_forward_routers, save_whole
 from .recipe import MoeSection, TrainRecipe
 from .schedule import learning_rate_share
 from .selection_bias import update_selection_bias
@@ -83,6 +82,7 @@ class MoeTrainer(Trainer):
         self.moe = recipe.moe or MoeSection()
         self.output = output
         self.about_data = about_data
+        self.base = checkpoints.fingerprint(recipe.model)
         self.yardstick = yardstick
         self.model_accepts_loss_kwargs = (
             True  # the loss is a part of the batch's mean, not a mean to be divided
@@ -320,6 +320,10 @@ class MoeTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Nats per label of each evaluation set, over all its labels."""
+        with self.window.paused():
+            return self._nats_of_sets(eval_dataset, metric_key_prefix)
+
+    def _nats_of_sets(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
         datasets = self.eval_dataset if eval_dataset is None else eval_dataset
         metrics = {}
         for name, dataset in (datasets or {}).items():
@@ -344,7 +348,10 @@ class MoeTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._book()
+        with self.window.paused():
+            self._write_checkpoint(model, trial)
 
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         def save(folder: Path) -> None:
             self._saving = folder.parent  # Trainer adds the same name to it
             try:
@@ -363,6 +370,7 @@ class MoeTrainer(Trainer):
                 * self.args.gradient_accumulation_steps
                 * self.args.world_size,
                 "data": self.about_data,
+                "base": self.base,
                 "seconds": self.seconds(),
                 "load": None if self.last_load_LE is None else self.last_load_LE.tolist(),
             },
@@ -479,24 +487,6 @@ class _AroundUpdates(TrainerCallback):
         self.trainer.after_update()
         if state.global_step >= state.max_steps:
             control.should_log = True
-
-
-def save_whole(model: Any, folder: str | Path, moe: MoeSection) -> None:
-    """`save_pretrained`, with what the configuration says of auxiliary losses outside of this trainer: in
-    ours the factors of the recipe, in one of transformers what it said before.
-    """
-    config = model.config
-    said = {"router_aux_loss_coef": moe.balance_loss, "router_z_loss_coef": moe.z_loss}
-    if config.model_type != MODEL_TYPE:
-        said = getattr(model, SAID, {})
-    while_training = {name: getattr(config, name) for name in said}
-    for name, value in said.items():
-        setattr(config, name, value)
-    try:
-        model.save_pretrained(folder)
-    finally:
-        for name, value in while_training.items():
-            setattr(config, name, value)
 
 
 def _totals(batch: Mapping[str, Any]) -> Tensor:

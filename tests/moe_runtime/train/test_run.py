@@ -1,10 +1,12 @@
 """Whole runs: what they write, and how they go on."""
 
 import contextlib
+import errno
 import io
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +14,15 @@ import yaml
 from byte_tokenizer import byte_tokenizer
 from moe_families import tiny_family
 from rich.console import Console
+from tiny_models import tiny_model
 from training_runs import VOCAB_SIZE, a_recipe, nats_per_label, recipe_values, stopped_at
 
 from moe_runtime import cli
 from moe_runtime.errors import RunError
 from moe_runtime.hf.loading import load_causal_lm
+from moe_runtime.train import checkpoints, export, figures
 from moe_runtime.train.model import prepare_model
+from moe_runtime.train.output import load_whole
 from moe_runtime.train.recipe import load_recipe, recipe_from_dict
 from moe_runtime.train.run import run_training
 from moe_runtime.train.trainer import MoeTrainer
@@ -76,7 +81,7 @@ def test_the_command_trains_and_prints_one_object(finished):
     assert "step 4/4, lm loss " in lines
     logged = [entry for entry in result["log"] if "lm_loss" in entry]
     assert [entry["step"] for entry in logged] == [1, 2, 3, 4]
-    assert sum("eval_words_loss" in entry for entry in result["log"]) >= 2
+    assert [entry["step"] for entry in result["log"] if "eval_words_loss" in entry] == [2, 4]
     assert logged[-1]["lm_loss"] < logged[0]["lm_loss"]
     assert logged[-1]["tokens"] == result["tokens"]
     for name in (
@@ -162,6 +167,40 @@ def test_epochs_are_counted_in_steps(models, data, tmp_path):
     assert said.file.getvalue().startswith(f"no checkpoint in {tmp_path / 'out'} yet: begins anew\n")
 
 
+def test_evaluation_and_checkpoints_take_no_time_of_training(models, data, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(figures, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def slower(owner, name, seconds):
+        of_owner = getattr(owner, name)
+
+        def call(*arguments):
+            now[0] += seconds
+            return of_owner(*arguments)
+
+        monkeypatch.setattr(owner, name, call)
+
+    slower(MoeTrainer, "after_update", 1.0)
+    slower(MoeTrainer, "get_eval_dataloader", 10.0)
+    slower(checkpoints, "write", 100.0)
+    changes = {"train": {"steps": 2, "save_every": 1, "eval_every": 1}, "data": {"eval": [str(data)]}}
+    result = run_training(a_recipe(models["ours"], data, tmp_path / "out", **changes))
+    first, second = result.values("tokens")
+    assert result.values("tokens_per_s") == [first, second - first]
+
+
+def test_a_whole_model_is_loaded_and_nothing_else():
+    model = tiny_model(tie_word_embeddings=True)
+    state = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
+    assert "lm_head.weight" not in state
+    load_whole(model, state)
+    assert not model.lm_head.weight.any()
+    name = "model.layers.0.mlp.router.weight"
+    for other in ({key: value for key, value in state.items() if key != name}, state | {"more": state[name]}):
+        with pytest.raises(RunError, match=rf"differs in ({name}|more)$"):
+            load_whole(model, other)
+
+
 # --- kinds of models ---
 
 
@@ -229,6 +268,29 @@ def test_adapters_depend_on_the_seed_alone(models, data, tmp_path):
     first, again, other = adapters(0), adapters(0), adapters(1)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_adapters_belong_to_the_weights_they_were_trained_for(models, data, tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    shutil.copytree(models["ours"], model)
+    recipe = a_recipe(model, data, tmp_path / "out", train={"steps": 1, "lora": {"rank": 2}})
+    run_training(recipe)
+    checkpoint = tmp_path / "out" / "checkpoints" / "checkpoint-1"
+
+    def fill(folder, *_):
+        folder.mkdir(parents=True)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export, "fill", fill)
+    with pytest.raises(RunError, match=r"plain could not be written \(.*No space left on device\)$"):
+        export.export_checkpoint(checkpoint, tmp_path / "exported" / "plain")
+    with pytest.raises(RunError, match=r"run.json must say what the checkpoint is of: No such file or dir"):
+        export.export_checkpoint(model, tmp_path / "exported" / "plain")
+    assert not list((tmp_path / "exported").iterdir())
+    tiny_model(vocab_size=VOCAB_SIZE, seed=1).save_pretrained(model)
+    for call in (run_training, lambda recipe, _: export.export_checkpoint(checkpoint, tmp_path / "plain")):
+        with pytest.raises(RunError, match=r"^model must hold the weights that the adapters in .* changed$"):
+            call(recipe, True)
 
 
 # --- going on ---
