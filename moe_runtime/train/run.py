@@ -242,7 +242,12 @@ def _train(
         flops=int(state.total_flos),
         seconds=seconds,
     )
-    write_output(trainer, prepared, data.summary, result)
+    read = data.read()
+    left_out = {name: read[name] for name in ("cut", "dropped", "nothing_counts") if read.get(name)}
+    if left_out and console is not None:
+        words = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in left_out.items())
+        console.print(f"samples read {read['samples']:,}, {words}", highlight=False, soft_wrap=True)
+    write_output(trainer, prepared, data.summary | ({"read": read} if read else {}), result)
     return result
 
 

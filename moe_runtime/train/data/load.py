@@ -27,6 +27,10 @@ class TrainData:
     collator: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
     summary: dict[str, Any]
 
+    def read(self) -> dict[str, int]:
+        """What became of the samples that this process has read of a stream so far; {} if it is none."""
+        return asdict(self.dataset.tally) if isinstance(self.dataset, StreamedRows) else {}
+
 
 def load_train_data(
     recipe: DataRecipe, tokenizer: Any, seed: int, model_max_length: int | None = None

@@ -12,7 +12,7 @@ from moe_runtime.errors import RunError
 
 from .packing import Numbered, OpenRows
 from .samples import IGNORED
-from .sources import Reader, Share
+from .sources import Reader, Share, Tally
 
 
 def make_row(numbered: Sequence[Numbered], *, packed: bool) -> dict[str, Any]:
@@ -59,6 +59,11 @@ class StreamedRows(IterableDataset):
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
+
+    @property
+    def tally(self) -> Tally:
+        """What became of the samples that this process has read so far."""
+        return self._reader.tally
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         recipe, share = self._reader.recipe, _share()

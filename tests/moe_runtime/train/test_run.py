@@ -201,6 +201,19 @@ def test_a_whole_model_is_loaded_and_nothing_else():
             load_whole(model, other)
 
 
+def test_a_stream_tells_at_its_end_what_it_dropped(models, data, tmp_path):
+    changes = {"train": {"steps": 2}, "data": {"streaming": True, "too_long": "drop", "max_length": 20}}
+    said = Console(file=io.StringIO())
+    run_training(a_recipe(models["ours"], data, tmp_path / "out", **changes), console=said)
+    read = json.loads((tmp_path / "out" / "training.json").read_text())["data"]["read"]
+    samples = [json.loads(line) for line in data.read_text().splitlines()]
+    lengths = [len(sample["prompt"] + sample["completion"]) + 1 for sample in samples]
+    seen = lengths[: read["samples"] + read["dropped"]]
+    assert read["samples"] >= 8  # 2 steps of 2 · 2, and what is read ahead
+    assert read["dropped"] == sum(length > 20 for length in seen) > 0
+    assert f"samples read {read['samples']}, dropped {read['dropped']}\n" in said.file.getvalue()
+
+
 # --- kinds of models ---
 
 
