@@ -64,6 +64,13 @@ def test_best_fit_leaves_least_room():
     assert [sorted(row) for row in pack_best_fit([5, 4, 3, 1], 8, seed=0)] == [[0, 2], [1, 3]]
 
 
+def test_best_fit_takes_the_longest_first():
+    """3 or 2 before 5 would leave no room for it beside the other."""
+    for seed in range(8):
+        rows = pack_best_fit([6, 5, 3, 2], 8, seed)
+        assert sorted(sorted(row) for row in rows) == [[0, 3], [1, 2]]
+
+
 def test_open_rows_close_the_oldest(monkeypatch):
     monkeypatch.setattr(packing_module, "OPEN_ROWS", 2)
     rows = OpenRows(10)
