@@ -18,10 +18,15 @@ def text_rows(path: str | Path, tokenizer: Any, *, max_tokens: int, length: int)
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no UTF-8 text, or has no two tokens.
+        ValueError: it is no UTF-8 text, has no two tokens, or the tokenizer is not a fast one.
     """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            "--text needs a fast tokenizer, which tells where tokens end, and "
+            f"{type(tokenizer).__name__} is none"
+        )
     try:
-        with Path(path).expanduser().open(encoding="utf-8") as file:
+        with Path(path).expanduser().open(encoding="utf-8-sig") as file:
             text = file.read(_CHARACTERS_PER_TOKEN * max_tokens)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be UTF-8 text, and is not: {error.reason}") from None

@@ -1,7 +1,7 @@
 """Texts and tasks through a model: one report."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from moe_runtime.generate import evaluating
 from moe_runtime.machine import describe_machine
 
 from .perplexity import perplexity
-from .scoring import Scored, score
+from .scoring import score
 from .tasks import Example, read_examples
 
 ROW_LENGTH = 1024
@@ -83,7 +83,7 @@ def evaluate_model(
     Raises:
         OSError, ValueError: a text or a task is not usable.
     """
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = _positions(model)
     examples = _examples_by_task(tasks, tokenizer, longest)
     length = min(ROW_LENGTH, longest or ROW_LENGTH)
     return {
@@ -104,6 +104,11 @@ def evaluate_model(
     }
 
 
+def _positions(model: Any) -> int | None:
+    """Tokens that a model takes at most; None if it does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
 def _examples_by_task(files: Sequence[str], tokenizer: Any, longest: int | None) -> dict[str, list[Example]]:
     by_task: dict[str, list[Example]] = {}
     for file in files:
@@ -111,7 +116,8 @@ def _examples_by_task(files: Sequence[str], tokenizer: Any, longest: int | None)
         if not examples:
             raise ValueError(f"{file} must have a line, and is empty")
         for example in examples:
-            tokens = len(example.prompt_ids) + max((len(ids) for ids in example.endings), default=0)
+            said = len(example.prompt_ids) + example.answer_tokens + (example.kind == "exact")  # its end
+            tokens = max([said, *(len(ending.ids) for ending in example.endings)])
             if longest is not None and tokens > longest:
                 raise ValueError(
                     f"{example.where}: has {tokens} tokens, more than the model takes ({longest})"
@@ -130,11 +136,7 @@ def _choice(
     model: Any, tokenizer: Any, examples: list[Example], on_tokens: Callable[[int], None] | None
 ) -> dict[str, float]:
     """Share of right choices: by log-likelihood, and by that per byte."""
-    sequences = [
-        Scored(example.prompt_ids + ids, len(example.prompt_ids))
-        for example in examples
-        for ids in example.endings
-    ]
+    sequences = [ending for example in examples for ending in example.endings]
     scores = iter(score(model, sequences, on_tokens))
     right = right_per_byte = chance = 0.0
     for example in examples:
@@ -151,10 +153,7 @@ def _completion(
     model: Any, tokenizer: Any, examples: list[Example], on_tokens: Callable[[int], None] | None
 ) -> dict[str, float]:
     """Of the completions' tokens, their end included."""
-    sequences = [
-        Scored(example.prompt_ids + example.endings[0], len(example.prompt_ids)) for example in examples
-    ]
-    scores = score(model, sequences, on_tokens)
+    scores = score(model, [example.endings[0] for example in examples], on_tokens)
     tokens = sum(s.tokens for s in scores)
     nats = -sum(s.log_likelihood for s in scores) / tokens
     return {
@@ -172,10 +171,8 @@ def _exact(
     """Share of examples in which the model says a right answer: greedy, blanks at both ends aside, up to the
     end of a line unless a right answer has several.
     """
-    order = sorted(range(len(examples)), key=lambda place: len(examples[place].prompt_ids))
     right = 0
-    for start in range(0, len(order), _GENERATED_AT_ONCE):
-        batch = [examples[place] for place in order[start : start + _GENERATED_AT_ONCE]]
+    for batch in _batches(examples, _positions(model)):
         for example, said in zip(batch, _say(model, tokenizer, batch), strict=True):
             if not any("\n" in answer.strip() for answer in example.answers):
                 said = said.strip().partition("\n")[0]
@@ -185,19 +182,34 @@ def _exact(
     return {"exact_match": right / len(examples)}
 
 
+def _batches(examples: list[Example], longest: int | None) -> Iterator[list[Example]]:
+    """Examples by the length of their prompts, so many that the positions are enough for all answers."""
+    batch: list[Example] = []
+    for example in sorted(examples, key=lambda example: len(example.prompt_ids)):
+        new = max(other.answer_tokens for other in [*batch, example]) + 1
+        too_long = longest is not None and len(example.prompt_ids) + new > longest
+        if batch and (too_long or len(batch) == _GENERATED_AT_ONCE):
+            yield batch
+            batch = []
+        batch.append(example)
+    yield batch
+
+
 def _say(model: Any, tokenizer: Any, batch: list[Example]) -> list[str]:
     rows = [torch.tensor(example.prompt_ids).flip(0) for example in batch]
     pad = torch.nn.utils.rnn.pad_sequence
     ids_BL = pad(rows, batch_first=True).flip(1)  # padded in front
     mask_BL = pad([torch.ones_like(row) for row in rows], batch_first=True).flip(1)
-    answers = [answer for example in batch for answer in example.answers]
-    new = max(len(tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers)
+    new = max(example.answer_tokens for example in batch) + _MORE_TOKENS
+    longest = _positions(model)
+    if longest is not None:
+        new = min(new, longest - ids_BL.shape[1])
     end = tokenizer.eos_token_id
     with evaluating(model):
         said_BL = model.generate(
             input_ids=ids_BL.to(model.device),
             attention_mask=mask_BL.to(model.device),
-            max_new_tokens=new + _MORE_TOKENS,
+            max_new_tokens=new,
             do_sample=False,
             eos_token_id=end,
             pad_token_id=0 if end is None else end,

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_runtime.train.data.samples import encode, encode_prompt, json_objects
+from moe_runtime.train.data.samples import encode, encode_parts, json_objects, prompt_text
 from moe_runtime.train.data.sources import read_lines
+
+from .scoring import Scored
 
 Kind = Literal["choice", "exact", "completion"]
 
@@ -28,10 +30,11 @@ class Example:
     task: str
     kind: Kind
     prompt_ids: list[int]
-    endings: tuple[list[int], ...]  # tokens of the choices, or of the completion
+    endings: tuple[Scored, ...]  # the prompt with each choice, or with the completion, which is scored
     lengths: tuple[int, ...]  # bytes of UTF-8 of each ending
     answer: int = 0  # which of the choices
     answers: tuple[str, ...] = ()  # kind exact
+    answer_tokens: int = 0  # of the longest of `answers`
 
 
 def read_examples(path: Path, tokenizer: Any) -> Iterator[Example]:
@@ -45,20 +48,27 @@ def read_examples(path: Path, tokenizer: Any) -> Iterator[Example]:
         task = values.get("task", path.stem)
         if not isinstance(task, str):
             raise ValueError(f"{where}: 'task' must be a text, got {task!r}")
-        prompt_ids = encode_prompt(where, values, tokenizer)
+        prompt, is_chat = prompt_text(where, values, tokenizer)
+        prompt_ids = encode(tokenizer, prompt, more=is_chat)
         if not prompt_ids:
             raise ValueError(f"{where}: 'prompt' must have a token, got an empty text")
         kind, endings, rest = _asked(where, values)
-        ids = [encode(tokenizer, ending) for ending in endings]
-        if kind == "completion" and tokenizer.eos_token_id is not None:
-            ids[0].append(tokenizer.eos_token_id)
+        scored = []
+        for ending in endings:
+            ids, part_of = encode_parts(tokenizer, [prompt, ending], more=is_chat)
+            if kind == "completion" and tokenizer.eos_token_id is not None:
+                ids.append(tokenizer.eos_token_id)
+            start = part_of.index(1) if 1 in part_of else len(part_of)
+            scored.append(Scored(ids, max(1, start)))
+        answers = [encode_parts(tokenizer, [prompt, a], more=is_chat)[1] for a in rest.get("answers", ())]
         yield Example(
             where=where,
             task=task,
             kind=kind,
             prompt_ids=prompt_ids,
-            endings=tuple(ids),
+            endings=tuple(scored),
             lengths=tuple(len(ending.encode()) for ending in endings),
+            answer_tokens=max((sum(part_of) for part_of in answers), default=0),
             **rest,
         )
 

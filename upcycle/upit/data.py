@@ -1,7 +1,7 @@
 """Training samples from files, in the forms that `moe_runtime.train.data.samples` lists.
 
-A file that is not .jsonl is plain text, cut into samples of `max_length` tokens that count whole. What is
-longer is cut; a sample of which nothing that counts is left is left out.
+A file that is not .jsonl or .ndjson is plain text, cut into samples of `max_length` tokens that count whole.
+What is longer is cut; a sample of which nothing that counts is left is left out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,7 @@ from moe_runtime.train.data.samples import (
     Sample,
     encode_blocks,
     encode_sample,
+    has_lines,
     json_objects,
     make_sample,
 )
@@ -93,7 +94,7 @@ def _read(path: Path) -> str:
 
 
 def _encoded(path: Path, text: str, tokenizer: Any, max_length: int) -> Iterator[Encoded]:
-    if path.suffix != ".jsonl":
+    if not has_lines(path):
         yield from encode_blocks([text], tokenizer, max_length)
         return
     for where, values in json_objects(path, text.split("\n")):

@@ -15,9 +15,9 @@ Counted = Literal["completion", "all"]
 class DataRecipe:
     """Files of samples, and the rows they are put into.
 
-    A file ending in .jsonl has one sample per line, a folder of `datasets` (`save_to_disk`), a .parquet or
-    .arrow file one per row, with the keys that `moe_runtime.train.data.samples` lists; any other file is
-    plain text.
+    A file ending in .jsonl or .ndjson has one sample per line, a folder of `datasets` (`save_to_disk`), a
+    .parquet or .arrow file one per row, with the keys that `moe_runtime.train.data.samples` lists; any other
+    file is plain text.
     """
 
     train: tuple[str, ...]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, distributed
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from moe_runtime.errors import RunError
 
@@ -48,6 +48,26 @@ class Rows:
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         return make_row([self._samples[place] for place in self._places[row]], packed=self._packed)
+
+
+class RowsOfProcess(Dataset[dict[str, Any]]):
+    """The rows that one process evaluates: every row is in one process, and all processes have equally many.
+
+    Where the rows do not divide, some have the first row once more, without labels: it counts nowhere.
+    """
+
+    def __init__(self, rows: Rows, process: int, num_processes: int) -> None:
+        self._rows, self._process, self._num_processes = rows, process, num_processes
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._num_processes)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        place = row * self._num_processes + self._process
+        if place < len(self._rows):
+            return self._rows[place]
+        first = self._rows[0]
+        return first | {"labels": torch.full_like(first["labels"], IGNORED)}
 
 
 class StreamedRows(IterableDataset):

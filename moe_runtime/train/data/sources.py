@@ -10,7 +10,16 @@ from moe_runtime.errors import RunError
 from moe_runtime.optional import installed
 
 from .recipe import DataRecipe
-from .samples import IGNORED, Encoded, Sample, encode_blocks, encode_sample, json_objects, make_sample
+from .samples import (
+    IGNORED,
+    Encoded,
+    Sample,
+    encode_blocks,
+    encode_sample,
+    has_lines,
+    json_objects,
+    make_sample,
+)
 
 TABLES = (".parquet", ".arrow")
 # of a plain text, read and made tokens at once
@@ -76,10 +85,10 @@ class Reader:
         """Objects of a file that has samples, or the tokens of blocks of a text."""
         if not path.exists():
             raise RunError(f"data: there is no file {path}")
-        if path.is_dir() or path.suffix in TABLES:
+        if path.is_dir() or path.suffix.lower() in TABLES:
             for row, values in enumerate(_table(path)):
                 yield f"{path}, row {row}", values
-        elif path.suffix == ".jsonl":
+        elif has_lines(path):
             yield from json_objects(path, read_lines(path))
         else:
             for encoded in encode_blocks(_pieces(path), self.tokenizer, self.recipe.max_length):
@@ -136,7 +145,7 @@ def read_lines(path: Path) -> Iterator[str]:
 def _pieces(path: Path) -> Iterator[str]:
     """Some lines at a time, from the first that is not blank."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             begun = False
             while piece := "".join(file.readlines(_PIECE_CHARACTERS)):
                 begun = begun or bool(piece.strip())
@@ -160,7 +169,7 @@ def _table(path: Path) -> Iterator[dict[str, Any]]:
                     f"data: {path} must hold one set, and has the splits {', '.join(table)}; name one of "
                     f"them, such as {path / next(iter(table))}"
                 )
-        elif path.suffix == ".arrow":
+        elif path.suffix.lower() == ".arrow":
             table = datasets.Dataset.from_file(str(path))
         else:
             # without streaming it would be copied into a cache

@@ -139,6 +139,22 @@ def test_a_batch_says_what_each_prompt_alone_leads_to(family, tokenizer, file):
         assert text == tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+def test_answers_are_said_within_the_models_positions(tokenizer, file, monkeypatch):
+    """A long prompt with a short answer is not in a batch with a long answer; each may use all positions."""
+    lengths = [(10, 40), (55, 2), (58, 1)]
+    lines = [{"prompt": "p" * prompt, "answer": "a" * answer} for prompt, answer in lengths]
+    model, made = model_of("moe_runtime"), []
+    generate = model.generate
+
+    def seen(**options):
+        made.append((*options["input_ids"].shape, options["max_new_tokens"]))
+        return generate(**options)
+
+    monkeypatch.setattr(model, "generate", seen)
+    evaluate_model(model, tokenizer, {}, [file(lines)])
+    assert made == [(1, 10, 48), (2, 58, 6)]
+
+
 @pytest.mark.parametrize(
     ("said", "answer", "right"),
     [
@@ -174,7 +190,9 @@ def test_a_model_in_training_is_left_in_it(tokenizer, file):
         ("{", "task.jsonl, line 1: must be one JSON object"),
         ([{"prompt": "p"}], "line 1: must have 'choices' and 'answer', 'answer', or 'completion'"),
         ([{"prompt": "", "completion": "c"}], "line 1: 'prompt' must have a token, got an empty text"),
-        ([{"completion": "c"}], "line 1: must have 'prompt' and 'completion'"),
+        ([{"completion": "c"}], "line 1: must have 'prompt', a text, or 'messages' with 'role' and"),
+        ([{"messages": [{"role": "user", "content": "a"}], "answer": "c"}], "need a chat template"),
+        ([{"prompt": "\ud800", "answer": "c"}], r"line 1: must be text that UTF-8 can hold, .* '\\ud800'"),
         (
             [{"prompt": "p", "choices": ["a"], "answer": 0}],
             r"'choices' must be two or more texts, .* \['a'\]",
@@ -190,6 +208,10 @@ def test_a_model_in_training_is_left_in_it(tokenizer, file):
             r"line 1: has 66 tokens, more than the model takes \(64\)",
         ),
         (
+            [{"prompt": "p", "answer": "a"}, {"prompt": "p" * 60, "answer": ["a", "bcde"]}],
+            r"line 2: has 65 tokens, more than the model takes \(64\)",
+        ),
+        (
             [{"prompt": "p", "completion": "c"}, {"prompt": "p", "answer": "c"}],
             r"line 2: must ask as the other lines of task 'task' do \(completion\), got exact",
         ),
@@ -200,13 +222,16 @@ def test_tasks_that_cannot_be_used(lines, sentence, tokenizer, file):
         evaluate_model(model_of("moe_runtime"), tokenizer, {}, [file(lines)])
 
 
-def test_texts_that_cannot_be_used(tokenizer, file, tmp_path):
+def test_texts_that_cannot_be_used(tokenizer, file, tmp_path, monkeypatch):
     model = model_of("moe_runtime")
     with pytest.raises(ValueError, match=r"a\.txt must give at least 2 tokens, got 1"):
         evaluate_model(model, tokenizer, {"a": file("x", "a.txt")}, [])
     (tmp_path / "b.txt").write_bytes(b"\xff\xff")
     with pytest.raises(ValueError, match=r"b.txt must be UTF-8 text, and is not"):
         evaluate_model(model, tokenizer, {"a": str(tmp_path / "b.txt")}, [])
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    with pytest.raises(ValueError, match="--text needs a fast tokenizer, which tells where tokens end, and"):
+        evaluate_model(model, tokenizer, {"a": file(TEXT, "a.txt")}, [])
 
 
 # --- the command ---

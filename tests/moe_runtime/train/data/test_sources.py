@@ -5,11 +5,14 @@ import sys
 
 import pytest
 from byte_tokenizer import END, byte_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from moe_runtime.errors import RecipeError, RunError
 from moe_runtime.train.data import DataRecipe, sources
 from moe_runtime.train.data.load import load_train_data
-from moe_runtime.train.data.samples import IGNORED
+from moe_runtime.train.data.samples import IGNORED, encode, encode_parts, encode_sample
 from moe_runtime.train.data.sources import Reader, Share
 
 INSTRUCTIONS = [
@@ -38,8 +41,9 @@ def file(tmp_path):
     return write
 
 
-def load(*paths, **changes):
-    return load_train_data(DataRecipe(train=paths, **({"max_length": 64} | changes)), byte_tokenizer(), 0)
+def load(*paths, tokenizer=None, **changes):
+    recipe = DataRecipe(train=paths, **({"max_length": 64} | changes))
+    return load_train_data(recipe, tokenizer or byte_tokenizer(), 0)
 
 
 ALL = Share()
@@ -65,6 +69,81 @@ def test_completions_and_texts_count_with_their_end(file):
     everything = [sample for _, sample in read(file(INSTRUCTIONS), loss="all")]
     assert [spoken(sample) for sample in everything] == [words(sample) for sample in everything]
     assert samples[0].ids_L[-1] == END
+
+
+def blank_tokenizer():
+    """Of single characters; every text that it is given begins with a blank."""
+    letters = [chr(code) for code in range(33, 127)] + ["\n", "\N{LOWER ONE EIGHTH BLOCK}", "<end>"]
+    model = models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", chat_template=CHAT)
+
+
+CHAT = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+QUESTION = {"role": "user", "content": "hi you"}
+ANSWER = {"role": "assistant", "content": " yes?"}
+
+
+@pytest.mark.parametrize(
+    ("values", "whole", "counted"),
+    [
+        ({"prompt": "def f:\n", "completion": "    return"}, "def f:\n    return", "    return<end>"),
+        (
+            {"messages": [QUESTION, ANSWER, QUESTION, ANSWER, QUESTION]},
+            "[user]hi you\n[assistant] yes?\n" * 2,
+            " yes?\n yes?\n",
+        ),
+        ({"text": "a b"}, "a b", " a b<end>"),
+    ],
+)
+def test_a_sample_is_tokenized_as_a_whole(values, whole, counted):
+    tokenizer = blank_tokenizer()
+    ids, counts = encode_sample("here", values, tokenizer)
+    end = [] if "messages" in values else [tokenizer.eos_token_id]
+    assert ids == tokenizer(whole)["input_ids"] + end
+    said = tokenizer.convert_ids_to_tokens([i for i, count in zip(ids, counts, strict=True) if count])
+    assert "".join(said).replace("\N{LOWER ONE EIGHTH BLOCK}", " ") == counted
+
+
+def test_slow_tokenizers_take_parts_one_by_one(tokenizer, monkeypatch):
+    texts = ["Say \N{SNOWMAN}: ", "a", "", "bc"]
+    expected = encode_parts(tokenizer, texts, more=False)
+    assert expected[1] == [0] * 9 + [1] + [3, 3]
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    assert encode_parts(tokenizer, texts, more=False) == expected
+
+
+def test_a_tokenizers_own_end_comes_once(tokenizer):
+    ends = TemplateProcessing(single="$A <end>", special_tokens=[("<end>", END)])
+    tokenizer.backend_tokenizer.post_processor = ends
+    ids, counts = encode_sample("here", {"prompt": "p", "completion": "c"}, tokenizer)
+    assert (tokenizer.decode(ids), counts) == ("pc<end>", [False, True, True])
+    assert tokenizer.decode(encode(tokenizer, "p", more=False)) == "p"
+
+
+def test_padding_is_the_end_where_there_is_no_other(file, tokenizer):
+    path = file([{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": "cc"}])
+    for pad, expected in ((None, END), ("p", tokenizer.convert_tokens_to_ids("p"))):
+        tokenizer.pad_token = pad
+        data = load(path, packing=False, tokenizer=tokenizer)
+        batch = data.collator([data.dataset[0], data.dataset[1]])
+        assert batch["input_ids"][0].tolist()[3:] == [expected]
+
+
+def test_a_byte_order_mark_is_no_text(file):
+    mark = b"\xef\xbb\xbf"
+    assert [words(sample) for _, sample in read(file(mark + b'{"text": "abc"}\n'))] == ["abc<end>"]
+    assert [words(sample) for _, sample in read(file(mark + b"abc", "a.txt"))] == ["abc"]
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson"])
+def test_other_endings_of_lines(name, file):
+    assert [words(sample) for _, sample in read(file(INSTRUCTIONS[1:2], name))] == ["whole<end>"]
 
 
 def test_numbers_go_on_over_files_and_count_what_is_left_out(file):
@@ -124,7 +203,19 @@ def test_the_summary_names_files_and_evaluation_sets(file):
         ('{"text": "ab"}\n\n{"text"', "data.jsonl", "data.jsonl, line 3: must be one JSON object"),
         ([3], "data.jsonl", "line 1: must be one JSON object, got int"),
         ([{"text": "ab"}, {"prompt": "a"}], "data.jsonl", "line 2: must have 'prompt' and 'completion'"),
-        ([{"messages": [{"role": "user", "content": "a"}]}], "data.jsonl", "need a chat template"),
+        ([{"prompt": "a", "text": "b"}], "data.jsonl", "and one of these only, got 'prompt', 'text'"),
+        ([{"prompt": "a", "completion": ["b"], "text": "c"}], "data.jsonl", "'completion', 'text'"),
+        ([{"text": "a", "messages": [QUESTION]}], "data.jsonl", "only, got 'text', 'messages'"),
+        ([{"prompt": "a", "completion": ["b"]}], "data.jsonl", "line 1: must have 'prompt'"),
+        ([{"text": "ab"}, {"text": "a\ud800b"}], "data.jsonl", r"line 2: must be text .* '\\ud800'"),
+        ([{"messages": []}], "data.jsonl", "line 1: 'messages' must be one or more, got none"),
+        (
+            "[]",
+            "data.json",
+            r"data.json must be JSON lines \(.jsonl or .ndjson\), .* a .json file is not read",
+        ),
+        (b"\x1f\x8b", "data.jsonl.GZ", "and a .gz file is not read; write one JSON object per line"),
+        ([{"messages": [QUESTION]}], "data.jsonl", "need a chat template"),
         ([{"prompt": "ab", "completion": ""}], "none.jsonl", None),
     ],
 )
@@ -134,6 +225,22 @@ def test_files_that_cannot_be_used(content, name, sentence, file):
         return
     with pytest.raises(RunError, match=sentence):
         load(file(content, name))
+
+
+@pytest.mark.parametrize(
+    ("messages", "sentence"),
+    [
+        (
+            [{"role": "tool", "content": "a"}, ANSWER],
+            "line 1: the chat template refuses the messages: no tools",
+        ),
+        ([ANSWER, QUESTION], "line 1: 'messages' must begin with another role than 'assistant'"),
+    ],
+)
+def test_conversations_that_cannot_be_used(messages, sentence, file, tokenizer):
+    tokenizer.chat_template = CHAT
+    with pytest.raises(RunError, match=sentence):
+        load(file([{"messages": messages}]), tokenizer=tokenizer)
 
 
 def test_data_of_which_nothing_counts_is_refused(file, tokenizer):
