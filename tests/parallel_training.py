@@ -3,6 +3,7 @@
 `run` trains in one process and in two, by each recipe; then it goes on from half way with two and with one.
 """
 
+import json
 import os
 import shutil
 import socket
@@ -10,10 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from training_runs import a_recipe, save_data, save_model
 
+from moe_runtime.errors import RunError
 from moe_runtime.train.run import run_training
+from moe_runtime.train.trainer import MoeTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, HALF_WAY = 20, 10
@@ -25,6 +29,7 @@ LAYOUTS = {
 }
 GOES_ON = "experts-and-fsdp"
 OPTIONS = {"num_experts": 6, "router_selection_bias": True}
+ROWS_OF_EPOCH, EVAL_ROWS = 22, 5  # of 2 micro-batches a step the last has one; rows for 2 and for 3 processes
 
 
 def run(folder):
@@ -65,6 +70,26 @@ def recipe(folder, name, processes, checkpointed, **parallel):
     )
 
 
+def short_recipe(folder, name, processes, **train):
+    """An epoch in bfloat16, whose last step has fewer rows."""
+    layout = {"data": "ddp"} if processes > 1 else None
+    return a_recipe(
+        folder / "model",
+        folder / "short.jsonl",
+        folder / name,
+        data={"eval": [f"five={folder / 'eval.jsonl'}"]},
+        train={
+            "steps": None,
+            "epochs": 1,
+            "batch_size": ROWS // 2 // processes,
+            "precision": "bfloat16",
+            "learning_rate": 1e-9,  # the losses are those of the first weights
+        }
+        | train,
+        parallel=layout,
+    )
+
+
 def processes(size, work, *arguments):
     """`work` in processes as torchrun starts them."""
     with socket.socket() as free:
@@ -93,6 +118,34 @@ def in_process(rank, size, port, work, arguments):
     work(*arguments)
 
 
+def short_runs(folder):
+    """In each of two processes: a run that ends, and two that the second process ends."""
+    run_training(short_recipe(folder, "short-two", 2))
+    seen = {}
+
+    def with_nan(trainer, *arguments, **options):
+        loss = compute_loss(trainer, *arguments, **options)
+        if trainer.state.global_step == 1 and trainer.args.process_index == 1 and not trainer.update.losses:
+            seen["samples"] = trainer.update.samples[0]
+            return loss + float("nan")  # with a gradient that is finite
+        return loss
+
+    def full_disk(trainer, output_dir):
+        if trainer.args.process_index == 1:
+            raise OSError("no space left")
+
+    compute_loss = MoeTrainer.compute_loss
+    changes = {"not-finite": ("compute_loss", with_nan), "not-saved": ("_save_rng_state", full_disk)}
+    for name, change in changes.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(MoeTrainer, *change)
+            try:
+                run_training(short_recipe(folder, name, 2, save_every=2))
+            except RunError as error:
+                seen[name] = str(error)
+    (folder / f"seen-{os.environ['RANK']}.json").write_text(json.dumps(seen))
+
+
 def as_it_was(folder, run, name, step):
     """A copy of the run as it was when it had saved that step."""
     shutil.copytree(folder / run, folder / name)
@@ -106,6 +159,8 @@ def as_it_was(folder, run, name, step):
 def main(folder):
     save_model("ours", folder / "model", **OPTIONS)
     save_data(folder / "data.jsonl")
+    save_data(folder / "short.jsonl", ROWS_OF_EPOCH)
+    save_data(folder / "eval.jsonl", EVAL_ROWS)
     in_one_process(run_training, recipe(folder, "one", 1, False))
     for name, layout in LAYOUTS.items():
         processes(2, run_training, recipe(folder, name, 2, True, **layout))
@@ -119,6 +174,8 @@ def main(folder):
     for name in ("one-again", "one-at-the-end"):
         as_it_was(folder, GOES_ON, name, HALF_WAY if name == "one-again" else STEPS)
         in_one_process(run_training, recipe(folder, name, 1, True), True)
+    in_one_process(run_training, short_recipe(folder, "short-one", 1))
+    processes(2, short_runs, folder)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ An update is one accumulated batch: all micro-batches of all processes. Everythi
 computed as sums of parts, so that cutting it into micro-batches changes nothing but rounding.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +23,7 @@ from moe_runtime.hf.lora import save_expert_lora
 
 from . import checkpoints
 from .balance import RouterWatch, balance_loss, certainty, expert_counts, tokens_of, z_loss
+from .data.rows import RowsOfProcess
 from .figures import Window, Yardstick, loads
 from .freeze import parameter_groups
 from .model import has_feed_forward_routers, save_whole
@@ -107,6 +109,10 @@ class MoeTrainer(Trainer):
         # it shards itself over processes, which accelerate would do a second time
         size = self.args.per_device_train_batch_size
         return DataLoader(self.train_dataset, batch_size=size, collate_fn=self.data_collator)
+
+    def _batches_to_evaluate(self, dataset: Any) -> DataLoader:
+        rows = RowsOfProcess(dataset, self.args.process_index, self.args.world_size)
+        return DataLoader(rows, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -254,11 +260,13 @@ class MoeTrainer(Trainer):
         self._sum_over_processes(bad)
         if not int(bad):
             return
-        names = [
-            sample
-            for sample, loss in zip(update.samples, update.losses, strict=False)
-            if not bool(torch.isfinite(loss))
-        ] or update.samples
+        losses = [float(loss) for loss in update.losses]
+        bad_here = [
+            sample for sample, loss in zip(update.samples, losses, strict=False) if not math.isfinite(loss)
+        ]
+        found = self._of_all_processes((bad_here, update.samples, losses))
+        names = [bad for bad, _, _ in found if bad] or [samples for _, samples, _ in found]
+        shown = ", ".join(f"{loss:g}" for _, _, losses in found for loss in losses)
         good = checkpoints.newest(self.output)
         where = "there is no checkpoint yet" if good is None else f"the last good checkpoint is {good}"
         what = "the loss or its gradient is not finite"
@@ -266,8 +274,7 @@ class MoeTrainer(Trainer):
             what = "no label counts"
         raise RunError(
             f"{what} in step {self.state.global_step + 1}, in the samples {_listed(names)} (losses "
-            f"{', '.join(f'{value:g}' for value in values[:-1].tolist())}, gradient {values[-1].item():g}); "
-            f"{where}, and nothing was overwritten"
+            f"{shown}, gradient {norm.item():g}); {where}, and nothing was overwritten"
         )
 
     def after_update(self) -> None:
@@ -329,7 +336,7 @@ class MoeTrainer(Trainer):
         for name, dataset in (datasets or {}).items():
             sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
             self.model_wrapped.eval()
-            for batch in self.get_eval_dataloader(dataset):
+            for batch in self._batches_to_evaluate(dataset):
                 batch.pop("sample", None)
                 inputs = self._prepare_inputs(batch)
                 labels = (inputs["labels"][..., 1:] != IGNORED).sum()
@@ -395,10 +402,13 @@ class MoeTrainer(Trainer):
 
     def _any_error(self, error: str | None) -> str | None:
         """The error of one of the processes, once all have come here."""
-        errors = [error] * self.args.world_size
+        return next((error for error in self._of_all_processes(error) if error is not None), None)
+
+    def _of_all_processes(self, value: Any) -> list[Any]:
+        values = [value] * self.args.world_size
         if self.args.world_size > 1:
-            torch.distributed.all_gather_object(errors, error)
-        return next((error for error in errors if error is not None), None)
+            torch.distributed.all_gather_object(values, value)
+        return values
 
     def seconds(self) -> float:
         """Of training so far, over all calls that the run took."""

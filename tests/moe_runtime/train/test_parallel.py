@@ -10,7 +10,7 @@ from parallel_training import GOES_ON, HALF_WAY, LAYOUTS, STEPS, as_it_was, reci
 from moe_runtime import cli
 from moe_runtime.errors import RunError
 from moe_runtime.hf.loading import json_object, load_causal_lm, load_tokenizer
-from moe_runtime.train.run import run_training
+from moe_runtime.train.run import _yardstick, run_training
 
 LOSSES = 1e-5  # of 20 steps in float32
 NAMES = ("loss", "lm_loss", "balance_loss", "z_loss", "grad_norm")
@@ -99,3 +99,40 @@ def test_a_checkpoint_becomes_a_plain_folder(name, folder, tmp_path, capsys):
 def test_counts_are_of_all_processes(parameter, folder):
     counts = [json_object(folder / name / "training.json")["result"][parameter] for name in ("one", "fsdp")]
     assert counts[0] == counts[1] > 0
+
+
+# --- an epoch of 22 rows in bfloat16, and what the second process stops -----------------
+
+
+def test_two_processes_evaluate_and_end_as_one(folder):
+    """The last step of the epoch has fewer rows, and five rows to evaluate do not divide."""
+    one, two = (json_object(folder / name / "training.json")["result"] for name in ("short-one", "short-two"))
+    assert two["steps"] == one["steps"] == 6
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-6)
+    losses = [[entry["lm_loss"] for entry in run["log"] if "lm_loss" in entry] for run in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-6)  # that of float32 differs by 3e-5
+
+
+@pytest.fixture(params=[0, 1])
+def seen(request, folder):
+    """What a process saw of runs that the second one stopped."""
+    return json_object(folder / f"seen-{request.param}.json")
+
+
+def test_a_loss_that_is_not_finite_stops_all_processes(seen, folder):
+    (sample,) = json_object(folder / "seen-1.json")["samples"]
+    assert f"not finite in step 2, in the samples {sample} (losses " in seen["not-finite"]
+    assert seen["not-finite"].count("nan") == 1
+
+
+def test_a_checkpoint_that_one_process_cannot_write_stops_all(seen):
+    expected = "the checkpoint of step 2 could not be written (no space left); there is none before it"
+    assert seen["not-saved"] == expected
+
+
+def test_speed_is_held_against_all_processes(folder, monkeypatch):
+    monkeypatch.setattr("moe_runtime.train.run._roof", lambda device, dtype: 10.0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = load_causal_lm(folder / "model")
+    assert _yardstick(recipe(folder, "none", 2, False), model).flops_per_s == 20.0
