@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +23,17 @@ from moe_runtime.hf.lora import save_expert_lora
 from . import checkpoints
 from .balance import RouterWatch, balance_loss, certainty, expert_counts, tokens_of, z_loss
 from .data.rows import RowsOfProcess
+from .data.samples import IGNORED
 from .figures import Window, Yardstick, loads
 from .freeze import parameter_groups
 from .model import has_feed_forward_routers, save_whole
 from .recipe import MoeSection, TrainRecipe
 from .schedule import learning_rate_share
 from .selection_bias import update_selection_bias
+from .update import Update, listed, totals
 
-IGNORED = -100
 SCHEDULER_NAME = "scheduler.pt"  # as Trainer has it
 SHARDS_NAME = "state"  # model and optimizer of a run on several processes
-
-
-@dataclass
-class Update:
-    """What is known of the batch that the weights are being updated by."""
-
-    batches: list[dict[str, Any]]
-    samples: list[Any]  # of each micro-batch
-    total: Tensor  # [labels, tokens, sequences, positions] of all processes
-    losses: list[Tensor] = field(default_factory=list)
-    count_LE: Tensor | None = None  # expert counts of this process so far
-    whole_count_LE: Tensor | None = None  # for "global_batch": of the whole batch, before it is trained on
 
 
 class MoeTrainer(Trainer):
@@ -122,7 +110,7 @@ class MoeTrainer(Trainer):
         if not batches:
             return batches, None
         samples = [batch.pop("sample", None) for batch in batches]
-        total = torch.stack([_totals(batch) for batch in batches]).sum(0).to(device)
+        total = torch.stack([totals(batch) for batch in batches]).sum(0).to(device)
         self._sum_over_processes(total)
         self.update = Update(batches, samples, total)
         return batches, total[0]
@@ -273,7 +261,7 @@ class MoeTrainer(Trainer):
         if not int(update.total[0]):
             what = "no label counts"
         raise RunError(
-            f"{what} in step {self.state.global_step + 1}, in the samples {_listed(names)} (losses "
+            f"{what} in step {self.state.global_step + 1}, in the samples {listed(names)} (losses "
             f"{shown}, gradient {norm.item():g}); {where}, and nothing was overwritten"
         )
 
@@ -497,17 +485,3 @@ class _AroundUpdates(TrainerCallback):
         self.trainer.after_update()
         if state.global_step >= state.max_steps:
             control.should_log = True
-
-
-def _totals(batch: Mapping[str, Any]) -> Tensor:
-    """[labels, tokens, sequences, positions] of a micro-batch, int64."""
-    labels = (batch["labels"][..., 1:] != IGNORED).sum()
-    positions = torch.tensor(batch["input_ids"].numel(), device=labels.device)
-    return torch.cat([labels[None], tokens_of(batch).totals(), positions[None]])
-
-
-def _listed(samples: list[Any]) -> str:
-    """Ids of samples, however they are nested, and not too many."""
-    flat = torch.utils._pytree.tree_leaves([s.tolist() if isinstance(s, Tensor) else s for s in samples])
-    names = [str(sample) for sample in flat]
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
