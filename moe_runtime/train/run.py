@@ -220,6 +220,7 @@ def _train(
     output = Path(recipe.output)
     if checkpoint is not None:
         trainer.restore(checkpoint)
+    _tell_left_out(data.summary, console)
     progress = StageProgress(console or Console(quiet=True))
     progress.expect([1.0])
     with progress.stage("training", 1.0) as on_share:
@@ -243,12 +244,17 @@ def _train(
         seconds=seconds,
     )
     read = data.read()
-    left_out = {name: read[name] for name in ("cut", "dropped", "nothing_counts") if read.get(name)}
-    if left_out and console is not None:
-        words = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in left_out.items())
-        console.print(f"samples read {read['samples']:,}, {words}", highlight=False, soft_wrap=True)
+    _tell_left_out(read, console)
     write_output(trainer, prepared, data.summary | ({"read": read} if read else {}), result)
     return result
+
+
+def _tell_left_out(tally: dict[str, Any], console: Console | None) -> None:
+    """Say what was cut, dropped or left out, if anything was; a stream is told of after it was read."""
+    left_out = {name: tally[name] for name in ("cut", "dropped", "nothing_counts") if tally.get(name)}
+    if left_out and console is not None:
+        words = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in left_out.items())
+        console.print(f"samples read {tally['samples']:,}, {words}", highlight=False, soft_wrap=True)
 
 
 def _metrics_at(step: int, log: list[dict[str, Any]]) -> dict[str, float]:

@@ -214,6 +214,16 @@ def test_a_stream_tells_at_its_end_what_it_dropped(models, data, tmp_path):
     assert f"samples read {read['samples']}, dropped {read['dropped']}\n" in said.file.getvalue()
 
 
+def test_what_is_left_out_is_told_before_a_training(models, tmp_path):
+    file = tmp_path / "data.jsonl"
+    lines = [{"prompt": "p" * 9, "completion": "c" * count} for count in (1, 30, 2)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    changes = {"train": {"steps": 1}, "data": {"too_long": "drop", "max_length": 20}}
+    said = Console(file=io.StringIO())
+    run_training(a_recipe(models["ours"], file, tmp_path / "out", **changes), console=said)
+    assert said.file.getvalue().startswith("samples read 2, dropped 1\n")
+
+
 # --- kinds of models ---
 
 
