@@ -17,7 +17,12 @@ from tiny_models import BAM_SHARED_KV_TOP_K, DENSE, MOE, tiny_model, tokens
 from torch import distributed
 
 import moe_runtime
-from moe_runtime.distributed.checkpoint import load_checkpoint, save_checkpoint, whole_state_dict
+from moe_runtime.distributed.checkpoint import (
+    load_checkpoint,
+    load_whole_optimizer,
+    save_checkpoint,
+    whole_state_dict,
+)
 from moe_runtime.distributed.dispatch import exchange_counts, to_experts, to_tokens
 from moe_runtime.distributed.gradients import clip_grad_norm, split_by_mesh
 from moe_runtime.distributed.mesh import make_layout
@@ -181,6 +186,7 @@ def of_two(folder, rank):
         seen["autocast"] = trained(MODELS["own"](), recipe, rank, 2, steps=3)
     seen["summed-later"] = summed_later(rank)
     seen["factored"] = refused_optimizer(recipe, folder / "factored")
+    seen["factored-whole"] = refused_whole_optimizer(recipe)
     if rank == 0:  # of a run that was killed while it saved
         (folder / ".of-two.incomplete" / "old").mkdir(parents=True)
     seen["straight"] = saved_half_way(MODELS["own"](), recipe, rank, 2, folder / "of-two")
@@ -288,6 +294,19 @@ def refused_optimizer(recipe, target):
     optimizer.state[parameter]["exp_avg_sq_row"] = torch.zeros(len(parameter))
     try:
         save_checkpoint(target, model, optimizer, make_scheduler(optimizer), 1)
+    except RunError as error:
+        return str(error)
+
+
+def refused_whole_optimizer(recipe):
+    """Of one process, which kept a number per row of the first parameter."""
+    model = MODELS["own"]()
+    names = [name for name, _ in model.named_parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    stored = optimizer.state_dict() | {"state": {0: {"exp_avg_sq_row": torch.zeros(3)}}}
+    parallelize(model, make_layout(recipe))
+    try:
+        load_whole_optimizer(stored, names, model, torch.optim.SGD(model.parameters(), lr=1.0))
     except RunError as error:
         return str(error)
 

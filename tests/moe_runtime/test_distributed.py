@@ -224,6 +224,12 @@ class TestCheckpoints:
         with pytest.raises(RunError, match="must be a checkpoint of several processes, and holds none"):
             load_model(tmp_path, tiny_model(MOE))
 
+    def test_of_one_process_may_be_refused(self, seen):
+        assert seen["two"][0]["factored-whole"] == (
+            "train.optimizer must keep numbers, and tensors in the shape of a parameter, on several "
+            "processes, got one that keeps exp_avg_sq_row of model.embed_tokens.weight in the shape (3,)"
+        )
+
     def test_is_whole_or_not_there(self, seen, folder):
         assert seen["two"][0]["factored"] == (
             "train.optimizer must keep numbers, and tensors in the shape of a parameter, on several "
