@@ -21,6 +21,12 @@ def _poison_uninitialised_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def _default_precision():
+    """Commands set it for their process, which tests share."""
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """For steps so small that two threads mostly wait for each other."""
