@@ -76,7 +76,7 @@ class Blocks(NamedTuple):
 
     def pad(self, values: Tensor) -> Tensor:
         """Of values for each row [N, ...], those of the padded ones."""
-        return values if self.row_R is None else values.index_select(0, self.row_R)
+        return values[: self.num_padded] if self.row_R is None else values.index_select(0, self.row_R)
 
     def unpad(self, values: Tensor) -> Tensor:
         """Of values for each padded row [R, ...], those of the rows that experts have."""
@@ -174,7 +174,7 @@ def expert_ffn_blocks(  # noqa: PLR0913 - the operation's own arguments, in its 
     y_RD = x_TD.new_empty(max(blocks.num_padded, 1), D)
     for groups in chunks(blocks.groups, MOST_HIDDEN // G):
         rows = slice(groups[0].padded.start, groups[-1].padded.stop)
-        part_RG = _hidden(x_TD, gate_up_EGD, gate_up_bias_EG, token_R, groups)
+        part_RG = _hidden(x_TD, gate_up_EGD, gate_up_bias_EG, token_R[rows], groups)
         if keep_h:
             h_RG[rows] = part_RG
         a_RF = _activated(part_RG, F, activation)
@@ -213,8 +213,8 @@ def _size(group: Group) -> int:
 def _hidden(
     x_TD: Tensor, gate_up_EGD: Tensor, bias_EG: Tensor | None, token_R: Tensor, groups: Sequence[Group]
 ) -> Tensor:
-    """h of the padded rows of groups that follow each other."""
-    x_RD = x_TD.index_select(0, token_R[groups[0].padded.start : groups[-1].padded.stop])
+    """h of the padded rows of groups that follow each other, which are those of tokens `token_R`."""
+    x_RD = x_TD.index_select(0, token_R)
     h_RG = x_TD.new_empty(x_RD.shape[0], gate_up_EGD.shape[1])
     sizes = [_size(group) for group in groups]
     for group, x, h in zip(groups, x_RD.split(sizes), h_RG.split(sizes), strict=True):
@@ -270,7 +270,7 @@ def expert_ffn_backward_blocks(  # noqa: C901, PLR0913 - one branch per gradient
         parts = [slice(g.padded.start - rows.start, g.padded.stop - rows.start) for g in groups]
         grad_RD, gate_R1 = grad_TD.index_select(0, token_R[rows]), weight_R1[rows]
         if h_NG is None:
-            h_RG = _hidden(x_TD, gate_up_EGD, gate_up_bias_EG, token_R, groups).to(acc)
+            h_RG = _hidden(x_TD, gate_up_EGD, gate_up_bias_EG, token_R[rows], groups).to(acc)
         else:
             h_RG = (h_NG[rows] if blocks.row_R is None else h_NG.index_select(0, blocks.row_R[rows])).to(acc)
         da_RF = x_TD.new_empty(grad_RD.shape[0], F)
