@@ -39,7 +39,7 @@ class _OneDNNLinear(torch.autograd.Function):
         x, weight_OI = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad = grad.contiguous()
-        grad_MO, x_MI = grad.flatten(0, -2), x.flatten(0, -2)
+        grad_MO, x_MI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         return (
             product(grad, weight_OI.t()) if needs_x else None,
             weight_grad(grad_MO, x_MI) if needs_weight else None,

@@ -57,6 +57,14 @@ def test_gradients_are_those_of_pytorch(used, trained):
         assert_close_to_exact("gradient", ours, pytorchs, right)
 
 
+def test_a_vector_has_its_gradients(used):
+    layer, x = Linear(24, 16), torch.randn(24)
+    weight, bias = torch.autograd.grad(layer(x).sum(), [layer.weight, layer.bias])
+    assert used == [(24,)]
+    torch.testing.assert_close(weight, x.expand(16, 24))
+    torch.testing.assert_close(bias, torch.ones(16))
+
+
 def test_autocast_is_pytorchs(used):
     layer, x = Linear(24, 16), torch.randn(3, 24)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
