@@ -11,6 +11,8 @@ PyTorch's own `linear_cross_entropy` with options is not used: it returns the lo
 products, knows no cap, counts rows that no label counts, and is not in every PyTorch that this project takes.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -18,8 +20,9 @@ import torch
 from moe_runtime_kernels._cpu import onednn_takes, product, weight_grad
 from moe_runtime_kernels._dispatch import accumulator, cast_for_autocast
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.autograd.function import once_differentiable
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from moe_runtime.linear import Linear
 
@@ -121,7 +124,8 @@ def _chunk(
         slope_MV = 1 - z_MV.square() if needs_grad else None
         z_MV.mul_(cap)
     counted_M = (target_M != ignore_index).to(z_MV.dtype)
-    target_M1 = target_M.clamp(min=0)[:, None]
+    # of the rows that do not count; any other target outside of the vocabulary is an error
+    target_M1 = target_M.where(target_M != ignore_index, 0)[:, None]
     z_MV -= z_MV.amax(dim=1, keepdim=True)
     chosen_M = z_MV.gather(1, target_M1).squeeze(1)
     total_M = z_MV.exp_().sum(1)
@@ -148,7 +152,9 @@ def linear_loss_obstacle(model: Any) -> str | None:
     scales = (getattr(config, name, 1.0) for name in ("logit_scale", "logits_scaling"))
     if head.bias is not None and any(scale not in (1.0, None) for scale in scales):
         return "it scales logits to which its head has added a bias"
-    return None
+    if model.base_model is model:
+        return "it has no base model below its head"
+    return _difference(model)
 
 
 def use_linear_loss(model: Any) -> None:
@@ -170,6 +176,11 @@ def use_linear_loss(model: Any) -> None:
     obstacle = linear_loss_obstacle(model)
     if obstacle is not None:
         raise ValueError(f"model must be a causal LM with a linear head: {obstacle}")
+    model.forward = _without_logits(model)
+
+
+def _without_logits(model: Any) -> Callable[..., Any]:
+    """The model's forward, but with the loss from hidden states."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     plain_forward, plain_loss = model.forward, model.loss_function
     cap = getattr(config, "final_logit_softcapping", None)
@@ -193,7 +204,7 @@ def use_linear_loss(model: Any) -> None:
                 config.final_logit_softcapping = cap
         return type(output)(**{name: value for name, value in output.items() if name != "logits"})
 
-    model.forward = forward
+    return forward
 
 
 def _passed_on(x: Tensor) -> Tensor:
@@ -219,3 +230,55 @@ def _causal_loss(
     )
     count = (target_T != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+
+
+# --- what a model does between its head and its loss ---
+
+
+def _difference(model: Any) -> str | None:
+    """Try the model's own code from hidden states to the loss, once with logits and once without.
+
+    The base model and the head are not run: others stand in, so that this takes no time, and works where the
+    weights are fake. Logits are large, so that a cap shows.
+    """
+    vocab = model.get_output_embeddings().weight.shape[0]
+    with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ids_BL = torch.arange(8)[None] % vocab
+        with _stand_ins(model, 300 * torch.randn(1, 8, 2), torch.randn(vocab, 2)):
+            try:
+                with_logits = model(input_ids=ids_BL, labels=ids_BL, use_cache=False).loss
+                without = _without_logits(model)(input_ids=ids_BL, labels=ids_BL, use_cache=False).loss
+            except Exception as error:  # its code is not ours, and the plain loss serves it all the same
+                return f"its forward needs more than hidden states: {error}"
+        if torch.allclose(with_logits, without, rtol=1e-4):
+            return None
+    return f"{type(model).__name__} changes logits in a way that is not known here"
+
+
+@contextmanager
+def _stand_ins(model: Any, x_BLD: Tensor, weight_VD: Tensor) -> Iterator[None]:
+    """Inside, the base model returns these hidden states, and the head has this weight."""
+    head, base, was_training = model.get_output_embeddings(), model.base_model, model.training
+    stand_in = type(head)(*weight_VD.t().shape, bias=False)
+    stand_in.weight = nn.Parameter(weight_VD)
+    before = vars(base).get("forward")
+    base.forward = lambda *_, **__: _BaseOutput(last_hidden_state=x_BLD)
+    model.set_output_embeddings(stand_in)
+    model.training = False  # not train(False), which is for all modules
+    try:
+        yield
+    finally:
+        model.training = was_training
+        model.set_output_embeddings(head)
+        del base.forward
+        if before is not None:
+            base.forward = before
+
+
+class _BaseOutput(BaseModelOutputWithPast):
+    """Without what some models have besides."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)

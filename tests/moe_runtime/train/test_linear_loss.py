@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from close import assert_close_to_exact
 from moe_families import tiny_family
 from moe_runtime_kernels import _cpu
 from tiny_models import DENSE, MOE, assert_equal_up_to_rounding, randn, tiny_model, tokens
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from trainers import THEIR_WARNINGS
+from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 from moe_runtime.train.linear_loss import linear_cross_entropy, linear_loss_obstacle, use_linear_loss
 
@@ -91,6 +94,12 @@ class TestFunction:
         assert loss.item() == 0.0
         assert not x_TD.grad.any()
         assert not weight_VD.grad.any()
+
+    def test_a_label_that_is_no_token_is_an_error(self):
+        target_T = make_target()
+        target_T[0] = -1
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            linear_cross_entropy(randn(T, D), randn(V, D), target_T)
 
     def test_a_frozen_head_gets_no_gradient(self):
         x_TD, weight_VD, target_T = randn(T, D).requires_grad_(), randn(V, D), make_target()
@@ -270,3 +279,16 @@ class TestFamilies:
     def test_a_scaled_bias_is_refused(self):
         model = tiny_model(DENSE | {"head_bias": True, "logit_scale": 0.5})
         assert "scales logits to which its head has added a bias" in linear_loss_obstacle(model)
+
+    @pytest.mark.parametrize("fake", [False, True])
+    def test_a_cap_by_another_name_is_refused(self, fake):
+        config = RecurrentGemmaConfig(
+            vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        )
+        with FakeTensorMode() if fake else nullcontext():
+            model = RecurrentGemmaForCausalLM(config)
+            head, training = model.lm_head, model.training
+            assert "changes logits in a way that is not known here" in linear_loss_obstacle(model)
+        assert model.lm_head is head
+        assert model.training is training
+        assert "forward" not in vars(model.model)
