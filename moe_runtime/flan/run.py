@@ -107,20 +107,27 @@ def make_stages(comparison: Comparison) -> list[Stage]:
 def _stages_of(comparison: Comparison, name: str) -> list[Stage]:
     recipe = comparison.recipe
     instructed = comparison.folder / "models" / f"{name}-instructions"
-    source = {"model": comparison.sources[name], "files": _hashes(recipe), "max_length": recipe.max_length}
+    source = {"model": file_hash(Path(comparison.sources[name])), "max_length": recipe.max_length}
+    asked = {
+        "questions": [(asdict(task), _hashes(task.train, task.test)) for task in recipe.tasks],
+        "shots": recipe.shots,
+        "seed": recipe.seed,
+    }
     stages = [
         Stage(
             name=f"{name}-untuned",
             title=f"{name}: measure it as it is",
             work=partial(_measure, comparison, Path(comparison.sources[name])),
-            settings=source | {"shots": recipe.shots, "seed": recipe.seed},
+            settings=source | asked,
             cost=10,
         ),
         Stage(
             name=f"{name}-instructions",
             title=f"{name}: instruction tuning",
             work=partial(_instruct, comparison, name, instructed),
-            settings=source | _tuning(comparison, name, recipe.instruction_tuning),
+            settings=source
+            | {"files": _hashes(*recipe.instructions)}
+            | _tuning(comparison, name, recipe.instruction_tuning),
             makes=(instructed,),
             cost=comparison.steps(name, recipe.instruction_tuning),
         ),
@@ -128,7 +135,7 @@ def _stages_of(comparison: Comparison, name: str) -> list[Stage]:
             name=f"{name}-after-instructions",
             title=f"{name}: measure it after instructions",
             work=partial(_measure, comparison, instructed),
-            settings={"shots": recipe.shots},
+            settings={"max_length": recipe.max_length} | asked,
             inputs=(f"{name}-instructions",),
             cost=10,
         ),
@@ -140,7 +147,9 @@ def _stages_of(comparison: Comparison, name: str) -> list[Stage]:
                     name=f"{name}-{setup}-{task.name}",
                     title=f"{name}: {task.name}" + (" after instructions" if start == instructed else ""),
                     work=partial(_tune_and_measure, comparison, name, start, task),
-                    settings=source | {"task": asdict(task)} | _tuning(comparison, name, recipe.task_tuning),
+                    settings=source
+                    | {"task": asdict(task), "files": _hashes(task.train, task.test)}
+                    | _tuning(comparison, name, recipe.task_tuning),
                     inputs=(f"{name}-instructions",) if start == instructed else (),
                     cost=comparison.steps(name, recipe.task_tuning) + 5,
                 )
@@ -159,8 +168,7 @@ def _tuning(comparison: Comparison, name: str, section: TrainSection) -> dict[st
     }
 
 
-def _hashes(recipe: FlanRecipe) -> list[str]:
-    files = (*recipe.instructions, *(file for task in recipe.tasks for file in (task.train, task.test)))
+def _hashes(*files: str) -> list[str]:
     return [file_hash(Path(file)) for file in files]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from moe_runtime.cli import main
 from moe_runtime.errors import RunError
 from moe_runtime.flan.questions import measure, write_questions
 from moe_runtime.flan.recipe import FlanTask, load_recipe
-from moe_runtime.flan.run import Comparison
+from moe_runtime.flan.run import Comparison, make_stages
 
 RECIPE = """
 mixture: {folder}/mixture
@@ -122,6 +123,40 @@ def test_a_whole_run_and_its_resumption(folder, capsys):
     shown = capsys.readouterr().out
     assert len(re.findall("done before", shown)) == 2 * (3 + 2 * 2)
     assert "Scores of held-out tasks" in shown
+
+
+def test_only_what_depends_on_a_change_is_done_again(folder, tmp_path):
+    for name in ("mixed.jsonl", "repeat.test.jsonl"):
+        shutil.copy(folder / name, tmp_path / name)
+    shutil.copytree(folder / "mixture", tmp_path / "mixture")
+    text = (folder / "recipe.yaml").read_text()
+    for name in ("mixture\n", "mixed.jsonl", "repeat.test.jsonl"):
+        text = text.replace(f"{folder}/{name}", f"{tmp_path}/{name}")
+    (tmp_path / "recipe.yaml").write_text(text)
+
+    def settings():
+        stages = make_stages(Comparison(load_recipe(tmp_path / "recipe.yaml")))
+        return {stage.name: json.dumps(stage.settings, sort_keys=True) for stage in stages}
+
+    def appended(name: str) -> set[str]:
+        """Stages whose settings change with a file."""
+        before = settings()
+        with (tmp_path / name).open("ab") as file:
+            file.write(b" ")
+        return {stage for stage, text in settings().items() if text != before[stage]}
+
+    models = ("mixture", "dense")
+    assert appended("mixed.jsonl") == {f"{model}-instructions" for model in models}
+    setups = ("untuned", "after-instructions", "task-repeat", "instructions-task-repeat")
+    assert appended("repeat.test.jsonl") == {f"{model}-{setup}" for model in models for setup in setups}
+    assert appended("mixture/model.safetensors") == {
+        f"mixture-{setup}"
+        for setup in (
+            "untuned",
+            "instructions",
+            *(f"{start}-{task}" for start in ("task", "instructions-task") for task in ("choose", "repeat")),
+        )
+    }
 
 
 def test_worked_examples_stand_in_front_of_the_question(folder, tmp_path):
