@@ -43,7 +43,7 @@ class MemoryPlan:
     optimizer: int
     gradients: int
     activations: int  # alive between forward and backward, the loss's own gradients among them
-    loss: int  # of the activations, what the loss has made
+    loss: int  # of the activations, gradients that the loss has made; 0 where it makes logits
     logits: int  # what the logits of all tokens would take in float32
     gathered: int  # whole weights and gradients of the largest layers, with fsdp
     step_peak: int
@@ -65,7 +65,7 @@ def plan_memory(recipe: TrainRecipe, processes: int = 1) -> MemoryPlan:
     """
     _check_processes(recipe, processes)
     with FakeTensorMode():
-        model = _prepared(recipe)
+        model, obstacle = _prepared(recipe)
         shares = _shares(model, recipe, processes)
         named = dict(model.named_parameters())
         live = LiveBytes()
@@ -74,7 +74,9 @@ def plan_memory(recipe: TrainRecipe, processes: int = 1) -> MemoryPlan:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_keeping_part(live, shares[name]))
         with live:  # the second micro-batch finds the gradients of the first
-            seen = [_micro_batch(model, recipe, live) for _ in range(min(recipe.train.accumulate, 2))]
+            seen = [
+                _micro_batch(model, recipe, live, obstacle) for _ in range(min(recipe.train.accumulate, 2))
+            ]
     weights = sum(_local_bytes(p, shares[name]) for name, p in named.items())
     trained = {name: p for name, p in named.items() if p.requires_grad}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -101,18 +103,19 @@ def plan_memory(recipe: TrainRecipe, processes: int = 1) -> MemoryPlan:
 # --- the fake model and its step ---
 
 
-def _prepared(recipe: TrainRecipe) -> Any:
+def _prepared(recipe: TrainRecipe) -> tuple[Any, str | None]:
+    """The model, and why its loss makes logits of all tokens."""
     file = Path(recipe.model) / "config.json"
     if not file.is_file():
         raise RunError(f"{recipe.model} must be a checkpoint folder with a config.json, and has none")
     json_object(file)
     config = AutoConfig.from_pretrained(recipe.model)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    set_up_model(model, recipe)
-    return model.train()
+    prepared = set_up_model(model, recipe)
+    return model.train(), prepared.linear_loss
 
 
-def _micro_batch(model: Any, recipe: TrainRecipe, live: LiveBytes) -> dict[str, int]:
+def _micro_batch(model: Any, recipe: TrainRecipe, live: LiveBytes, obstacle: str | None) -> dict[str, int]:
     """Forward and backward of a full micro-batch; what is alive between them."""
     before = live.current
     B, L = recipe.train.batch_size, recipe.data.max_length
@@ -130,12 +133,16 @@ def _micro_batch(model: Any, recipe: TrainRecipe, live: LiveBytes) -> dict[str, 
         loss = model(**inputs, num_items_in_batch=tokens, use_cache=False).loss
     activations = round(live.current - before)
     loss.backward()
-    vocab, width = model.get_output_embeddings().weight.shape
-    return {
-        "activations": activations,
-        "loss": 4 * (tokens * width + vocab * width),
-        "logits": 4 * tokens * vocab,
-    }
+    head = model.get_output_embeddings()
+    made = _gradients_of_loss(head, tokens) if obstacle is None else 0
+    return {"activations": activations, "loss": made, "logits": 4 * tokens * head.weight.shape[0]}
+
+
+def _gradients_of_loss(head: Any, tokens: int) -> int:
+    """Of hidden states, and of the head where it is trained."""
+    return 4 * tokens * head.weight.shape[1] + 4 * sum(
+        p.numel() for p in head.parameters() if p.requires_grad
+    )
 
 
 class _Ends:

@@ -57,6 +57,6 @@ ROWS = {
     "peak": "all of the above",
     "gradients": "of the step's peak: gradients at the end of backward",
     "activations": "of the step's peak: what is alive between forward and backward",
-    "loss": "of the activations: what the loss has made, its gradients",
-    "logits": "not there: logits of all tokens in float32, which the loss does without",
+    "loss": "of the activations: gradients that the loss has made; none where it makes logits",
+    "logits": "logits of all tokens in float32; not there where the row above is not 0",
 }

@@ -13,6 +13,7 @@ from trainers import THEIR_WARNINGS
 from transformers import Trainer, TrainingArguments
 
 from moe_runtime.cli import main
+from moe_runtime.train import model as model_module
 from moe_runtime.train.data.rows import collate_packed
 from moe_runtime.train.memory import plan_memory
 from moe_runtime.train.model import prepare_model
@@ -117,6 +118,9 @@ def test_what_a_plan_says_of_the_model(folders):
     assert plan.gradients == 4 * plan.trained_parameters
     assert plan.logits == 4 * 2 * LENGTH * 1000
     assert plan.peak == plan.weights + plan.optimizer + plan.step_peak
+    of_x = 4 * 2 * LENGTH * 64
+    assert plan.loss == of_x + 4 * 1000 * 64
+    assert plan_memory(make_recipe(folders["ours"], lora={"rank": 4})).loss == of_x  # the head is frozen
 
 
 def test_processes_share(folders):
@@ -148,6 +152,11 @@ def test_processes_that_do_not_fit_are_refused(folders, parallel, processes, mes
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must be a checkpoint folder with a config\.json, and has none"):
         plan_memory(make_recipe(tmp_path))
+
+
+def test_a_loss_of_logits_makes_no_gradients_in_forward(folders, monkeypatch):
+    monkeypatch.setattr(model_module, "linear_loss_obstacle", lambda _: "of this test")
+    assert plan_memory(make_recipe(folders["ours"])).loss == 0
 
 
 def test_the_command(folders, tmp_path, capsys):
