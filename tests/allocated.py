@@ -17,6 +17,9 @@ def peak_of(prepare: Callable[[], Callable[[], object]]) -> int:
         with torch.profiler.record_function("measured"):
             run()
     current, peak, started = 0, 0, None
+    alive = (
+        set()
+    )  # what was given out before, such as a test's model, may be freed meanwhile: it never counted
     events = sorted(
         _flat(seen.profiler.kineto_results.experimental_event_tree()), key=lambda e: e.start_time_ns
     )
@@ -25,7 +28,11 @@ def peak_of(prepare: Callable[[], Callable[[], object]]) -> int:
             started = event.start_time_ns
             peak = current
         if event.tag == _EventType.Allocation:
-            current += event.extra_fields.alloc_size
+            place, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+            if size < 0 and place not in alive:
+                continue
+            (alive.add if size > 0 else alive.discard)(place)
+            current += size
             peak = max(peak, current) if started is not None else 0
     return peak
 
