@@ -1,7 +1,10 @@
 """Parts of a report page that needs nothing beside it: its frame, tables, lists and figures."""
 
 import io
+import json
+import os
 from html import escape
+from pathlib import Path
 from typing import Any
 
 STYLE = """
@@ -73,3 +76,14 @@ def svg(figure: Any) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "demo", "font.family": "sans-serif"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def write_report(folder: Path, report: dict[str, Any], html: str) -> None:
+    """report.json and report.html, each replaced when whole."""
+    for name, text in {
+        "report.json": json.dumps(report, indent=1, ensure_ascii=False),
+        "report.html": html,
+    }.items():
+        unfinished = folder / f"{name}.part"
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, folder / name)

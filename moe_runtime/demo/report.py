@@ -1,7 +1,6 @@
 """The report of a run: every figure and every sentence is computed from the run's own results."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,6 @@ from rich.table import Table
 from ..machine import describe_machine
 from .conclusions import conclude
 from .evaluate import Evaluation, compare
-from .page import render_page
 from .pipeline import MIXTURES, Plan
 from .stages import StageResult
 
@@ -63,17 +61,6 @@ def build_report(plan: Plan, results: Mapping[str, StageResult]) -> dict[str, An
     # tuples become lists, so that the report in memory equals the one in the file
     report = json.loads(json.dumps(report))
     return report | {"conclusions": conclude(report)}
-
-
-def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """report.json and report.html, each replaced when whole."""
-    for name, text in {
-        "report.json": json.dumps(report, indent=1, ensure_ascii=False),
-        "report.html": render_page(report),
-    }.items():
-        unfinished = folder / f"{name}.part"
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, folder / name)
 
 
 def print_report(console: Console, report: dict[str, Any], folder: Path) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 
 from rich.console import Console
 
+from ..html import write_report
 from ..progress import StageProgress
 from .checkpoint import smollm2_checkpoint
+from .page import render_page
 from .pipeline import make_plan, make_stages
-from .report import build_report, print_report, write_report
+from .report import build_report, print_report
 from .settings import DemoSettings
 from .stages import run_stages
 from .text import BUILT_IN, Domain, user_text
@@ -57,7 +59,7 @@ def run_demo(
         plan = make_plan(checkpoint, folder, [*built_in, *own_texts], settings, load_tokenizer(checkpoint))
         results = run_stages(make_stages(plan), folder, StageProgress(console))
     report = build_report(plan, results)
-    write_report(folder, report)
+    write_report(folder, report, render_page(report))
     print_report(console, report, folder)
     return report
 

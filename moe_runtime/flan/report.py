@@ -1,7 +1,6 @@
 """The comparison as JSON, tables and sentences: quality against FLOPs of training and of inference."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -120,19 +119,6 @@ def conclusions(report: Mapping[str, Any]) -> list[str]:
                 f"dense twin, {mixture - dense:+.3f}."
             )
     return sentences
-
-
-def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """report.json and report.html, each replaced when whole."""
-    from .page import render_page
-
-    for name, text in {
-        "report.json": json.dumps(report, indent=1, ensure_ascii=False),
-        "report.html": render_page(report),
-    }.items():
-        unfinished = folder / f"{name}.part"
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, folder / name)
 
 
 def score_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

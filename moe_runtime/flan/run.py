@@ -20,6 +20,7 @@ from moe_runtime.errors import RunError
 from moe_runtime.families import model_config
 from moe_runtime.flops import matched_regimes, model_flops, training_flops
 from moe_runtime.hf.loading import json_object
+from moe_runtime.html import write_report
 from moe_runtime.progress import StageProgress
 from moe_runtime.train.data.sources import file_hash
 from moe_runtime.train.recipe import TrainSection
@@ -84,13 +85,14 @@ def run_comparison(recipe: FlanRecipe, console: Console) -> dict[str, Any]:
     Raises:
         RunError: a model, a file or a tuning is not usable.
     """
-    from .report import build_report, write_report
+    from .page import render_page
+    from .report import build_report
 
     comparison = Comparison(recipe)
     comparison.folder.mkdir(parents=True, exist_ok=True)
     results = run_stages(make_stages(comparison), comparison.folder, StageProgress(console))
     report = build_report(comparison, results)
-    write_report(comparison.folder, report)
+    write_report(comparison.folder, report, render_page(report))
     return report
 
 
