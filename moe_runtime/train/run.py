@@ -97,7 +97,8 @@ def num_steps(recipe: TrainRecipe, data: TrainData) -> int:
     if recipe.data.streaming:
         raise RunError("train.steps must be given with data.streaming, whose length is not known, got epochs")
     assert section.epochs is not None
-    batches = math.ceil(math.ceil(len(data.dataset) / section.batch_size) / _world_size())  # type: ignore[arg-type]
+    rows = len(data.dataset)  # type: ignore[arg-type]  # has a length: streams are refused above
+    batches = math.ceil(math.ceil(rows / section.batch_size) / _world_size())
     steps = math.ceil(section.epochs * math.ceil(batches / section.accumulate))
     if section.restarts and section.restarts[-1] >= steps:
         raise RunError(
