@@ -158,6 +158,13 @@ def test_the_console_script(words, code):
     assert one_sentence(result.stderr) if code else not result.stderr
 
 
+def test_the_package_is_the_command():
+    command = [sys.executable, "-m", "moe_runtime", "flops", "nope"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("moe-runtime: no shape is named 'nope'")
+
+
 # --- flops ---
 
 
