@@ -1,7 +1,8 @@
 """`python -m benchmarks run` times the suites, `… aot` compiles the kernels for GPUs that are not here,
 `… tune` measures launches on one that is, `… upcycling` times whole upcycling runs, `… packing` trains on
-packed rows and on padded ones, `… compare` says what became slower between two result files, and `… report`
-rewrites the tables and plots made from the results."""
+packed rows and on padded ones, `… expert_load` shows how evenly a training uses its experts, `… compare` says
+what became slower between two result files, and `… report` rewrites the tables and plots made from the
+results."""
 
 import argparse
 import sys
@@ -71,7 +72,7 @@ def main() -> int:
         help="leave out other libraries, some of which tune themselves for minutes",
     )
     timing.set_defaults(call=run)
-    from benchmarks import aot, compare, memory, packing, tune, upcycling
+    from benchmarks import aot, compare, expert_load, memory, packing, tune, upcycling
     from benchmarks.ablation import command as ablation
 
     compiling = commands.add_parser("aot", help="compile every kernel without a GPU and check the result")
@@ -88,6 +89,9 @@ def main() -> int:
     packed = commands.add_parser("packing", help="train on packed rows and on padded ones, in turns")
     packing.add_arguments(packed)
     packed.set_defaults(call=packing.main)
+    loading = commands.add_parser("expert_load", help="how evenly experts are used while they are trained")
+    expert_load.add_arguments(loading)
+    loading.set_defaults(call=expert_load.main)
     planned = commands.add_parser("memory", help="a training run's peak of memory beside its plan")
     memory.add_arguments(planned)
     planned.set_defaults(call=memory.main)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import packing, upcycling
+from benchmarks import expert_load, packing, upcycling
 from benchmarks.ablation.section import ablation_rows, explained
 from benchmarks.ablation.summary import conclude, summarise
 from benchmarks.bars import BARS, MODEL
@@ -489,6 +489,7 @@ SECTIONS = {  # in the order of the page
     ),
     "tune": _tuned_section,
     "packing": packing.section,
+    "expert_load": expert_load.section,
     "upcycling": upcycling.section,
     "ablation": _ablation_section,
     "demo": _demo_section,
