@@ -21,6 +21,7 @@ from moe_runtime.errors import RunError
 from moe_runtime.experts import Experts
 from moe_runtime.hf.accelerate import is_experts
 from moe_runtime.hf.loading import json_object
+from moe_runtime.train.data.load import check_max_length
 from moe_runtime.train.live_bytes import LiveBytes
 from moe_runtime.train.model import set_up_model
 from moe_runtime.train.optimizer_bytes import optimizer_bytes
@@ -59,8 +60,8 @@ def plan_memory(recipe: TrainRecipe, processes: int = 1) -> MemoryPlan:
     Every row is full and every token counts, which is the most that rows of `max_length` can need.
 
     Raises:
-        RunError: the checkpoint has no configuration, the optimizer is not known here, or `processes` does
-            not fit the section `parallel`.
+        RunError: the checkpoint has no configuration or takes no such rows, the optimizer is not known here,
+            or `processes` does not fit the section `parallel`.
         ValueError: the configuration is of a model that transformers does not know.
     """
     _check_processes(recipe, processes)
@@ -110,6 +111,7 @@ def _prepared(recipe: TrainRecipe) -> tuple[Any, str | None]:
         raise RunError(f"{recipe.model} must be a checkpoint folder with a config.json, and has none")
     json_object(file)
     config = AutoConfig.from_pretrained(recipe.model)
+    check_max_length(recipe.data, getattr(config, "max_position_embeddings", None))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     prepared = set_up_model(model, recipe)
     return model.train(), prepared.linear_loss

@@ -32,6 +32,15 @@ class TrainData:
         return asdict(self.dataset.tally) if isinstance(self.dataset, StreamedRows) else {}
 
 
+def check_max_length(recipe: DataRecipe, model_max_length: int | None) -> None:
+    """Refuse rows that are longer than the model takes."""
+    if model_max_length is not None and recipe.max_length > model_max_length:
+        raise RunError(
+            f"data.max_length must be at most {model_max_length}, which the model takes, got "
+            f"{recipe.max_length}"
+        )
+
+
 def load_train_data(
     recipe: DataRecipe, tokenizer: Any, seed: int, model_max_length: int | None = None
 ) -> TrainData:
@@ -47,11 +56,7 @@ def load_train_data(
         RunError: a file is missing, empty or damaged, a sample has another form or is too long, nothing
             counts, or `max_length` is more than the model takes.
     """
-    if model_max_length is not None and recipe.max_length > model_max_length:
-        raise RunError(
-            f"data.max_length must be at most {model_max_length}, which the model takes, got "
-            f"{recipe.max_length}"
-        )
+    check_max_length(recipe, model_max_length)
     dataset: Rows | StreamedRows
     if recipe.streaming:
         for path in recipe.train:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ SIZES = {
     "head_dim": 16,
     "num_experts": 4,
     "num_local_experts": 4,
+    "max_position_embeddings": 256,
 }
 LENGTH = 256
 
@@ -157,6 +159,15 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 def test_a_loss_of_logits_makes_no_gradients_in_forward(folders, monkeypatch):
     monkeypatch.setattr(model_module, "linear_loss_obstacle", lambda _: "of this test")
     assert plan_memory(make_recipe(folders["ours"])).loss == 0
+
+
+def test_rows_longer_than_the_model_takes_are_refused(folders):
+    recipe = make_recipe(folders["ours"])
+    longer = replace(recipe, data=replace(recipe.data, max_length=257))
+    with pytest.raises(
+        ValueError, match=r"data\.max_length must be at most 256, which the model takes, got 257"
+    ):
+        plan_memory(longer)
 
 
 def test_the_command(folders, tmp_path, capsys):
