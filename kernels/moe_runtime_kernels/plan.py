@@ -22,6 +22,7 @@ from ._dispatch import register_kernel, register_reference
 
 TILE_HEIGHTS = (16, 32, 64, 128)  # each twice the one before: the kernel relies on it
 MAX_EXPERTS = 1024  # a program of the kernel holds the counts of all experts
+_HEIGHT_M1 = torch.tensor(TILE_HEIGHTS, dtype=torch.int32, device="cpu")[:, None]
 
 
 class RoutingPlan(NamedTuple):
@@ -67,19 +68,25 @@ def _(expert, num_experts):
 @register_reference("moe_runtime::make_plan")
 def make_plan_reference(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, K = expert_TK.shape
-    expert_N = expert_TK.flatten()
+    expert_N, device = expert_TK.flatten(), expert_TK.device
     kept_N = (expert_N >= 0) & (expert_N < num_experts)
-    sorted_N, slot_N = torch.where(kept_N, expert_N, num_experts).sort(stable=True)
-    expert_E = torch.arange(num_experts, dtype=sorted_N.dtype, device=sorted_N.device)
+    any_dropped = not kept_N.all()
+    if any_dropped:
+        expert_N = torch.where(kept_N, expert_N, num_experts)
+    sorted_N, slot_N = expert_N.sort(stable=True)
+    expert_E = torch.arange(num_experts, dtype=sorted_N.dtype, device=device)
+    start_E = torch.searchsorted(sorted_N, expert_E, out_int32=True)
     offset_E = torch.searchsorted(sorted_N, expert_E, right=True, out_int32=True)
-    count_E = offset_E.diff(prepend=offset_E.new_zeros(1))
-    tiles_ME = torch.stack([-(-count_E // height) for height in TILE_HEIGHTS])
-    position_N = torch.arange(T * K, device=slot_N.device)
-    row_N = torch.empty_like(slot_N).scatter_(0, slot_N, position_N)  # the inverse of slot_N
-    row_TK = torch.where(kept_N, row_N, -1).view(T, K)
-    slot_N = torch.where(sorted_N < num_experts, slot_N, -1)
-    token_N = torch.where(sorted_N < num_experts, slot_N // K, -1)
-    return row_TK.int(), token_N.int(), slot_N.int(), offset_E, tiles_ME.cumsum(1, dtype=torch.int32)
+    tiles_ME = -((start_E - offset_E) // _HEIGHT_M1.to(device))  # rounded up
+    position_N = torch.arange(T * K, dtype=torch.int32, device=device)
+    row_N = torch.empty_like(position_N).scatter_(0, slot_N, position_N)  # the inverse of slot_N
+    slot_N = slot_N.int()
+    token_N = slot_N // K
+    if any_dropped:
+        row_N = row_N.masked_fill(~kept_N, -1)
+        dropped_N = sorted_N == num_experts
+        slot_N, token_N = slot_N.masked_fill(dropped_N, -1), token_N.masked_fill(dropped_N, -1)
+    return row_N.view(T, K), token_N, slot_N, offset_E, tiles_ME.cumsum(1, dtype=torch.int32)
 
 
 # --- GPU: Triton is imported by the first launch, never by `import` ---------------------
