@@ -98,30 +98,33 @@ def route_topk_reference(  # noqa: PLR0913 - the operation's own arguments, in i
     choice_TE = _keep_groups(choice_TE, num_groups, groups_kept, group_score)
     expert_TK = _top(choice_TE, experts_per_token)
 
-    chosen_TK = score_TE.gather(1, expert_TK)
+    if gate == "renorm" and score == "softmax":
+        chosen_TK = logits_TE.gather(1, expert_TK).softmax(1)
+    else:
+        chosen_TK = score_TE.gather(1, expert_TK)
     if gate == "straight_through":
         chosen_TK = 1 + (chosen_TK - chosen_TK.detach())
-    elif gate == "renorm" and score == "softmax":
-        chosen_TK = logits_TE.gather(1, expert_TK).softmax(1)
-    elif gate == "renorm":
+    elif gate == "renorm" and score == "sigmoid":
         chosen_TK = chosen_TK / (chosen_TK.sum(1, keepdim=True) + TINY)
 
-    B, L, E = num_sequences, logits_TE.shape[0] // num_sequences, logits_TE.shape[1]
-    counted_T = _counted(logits_TE, token_mask_T)
-    tokens_B = counted_T.view(B, L).sum(1)
-    num_counted = torch.stack((tokens_B.sum(), (tokens_B > 0).sum())).int()
+    B, K, (T, E) = num_sequences, experts_per_token, logits_TE.shape
+    square_T, slots_TK = logits_TE.logsumexp(1).square(), torch.ones_like(expert_TK, dtype=torch.int32)
+    if token_mask_T is None:
+        tokens_B1 = expert_TK.new_full((B, 1), T // B)
+        num_counted = torch.tensor((T, B if T else 0), dtype=torch.int32, device=expert_TK.device)
+    else:
+        tokens_B1 = token_mask_T.view(B, T // B).sum(1, keepdim=True)
+        num_counted = torch.stack((tokens_B1.sum(), (tokens_B1 > 0).sum())).int()
+        slots_TK = slots_TK.masked_fill(~token_mask_T[:, None], 0)
+        prob_TE = prob_TE.masked_fill(~token_mask_T[:, None], 0)
+        square_T = square_T.masked_fill(~token_mask_T, 0)
     num_tokens, sequences = num_counted.clamp(min=1)  # a mean over none is 0
-    cell_TK = E * torch.arange(B, device=expert_TK.device).repeat_interleave(L)[:, None] + expert_TK
-    slots_TK = counted_T[:, None].expand_as(expert_TK)
-    count_BE = torch.zeros(B * E, dtype=torch.int32, device=expert_TK.device)
-    count_BE = count_BE.index_add(0, cell_TK.flatten(), slots_TK.flatten().int()).view(B, E)
-
-    prob_BE = torch.where(counted_T[:, None], prob_TE, 0).view(B, L, E).sum(1)
-    prob_BE = prob_BE / tokens_B.clamp(min=1)[:, None]
+    count_BE = slots_TK.new_zeros(B, E)
+    count_BE.scatter_add_(1, expert_TK.reshape(B, T // B * K), slots_TK.view(B, T // B * K))
+    prob_BE = prob_TE.view(B, T // B, E).sum(1) / tokens_B1.clamp(min=1)
     balance_loss = (_load(count_BE, prob_BE.dtype) * prob_BE).sum() / sequences
-    z_loss = torch.where(counted_T, logits_TE.logsumexp(1).square(), 0).sum() / num_tokens
     counts = (count_BE.sum(0, dtype=torch.int32), count_BE, num_counted)
-    return scale * chosen_TK, expert_TK.int(), *counts, balance_loss, z_loss
+    return scale * chosen_TK, expert_TK.int(), *counts, balance_loss, square_T.sum() / num_tokens
 
 
 def router_scores(logits_TE: Tensor, score: str) -> tuple[Tensor, Tensor]:
@@ -312,7 +315,11 @@ def route_topk(  # noqa: PLR0913 - one router, described once; RouterConfig hold
         _check_finite(logits_TE, token_mask_T)
     choice = (num_groups, groups_kept, group_score)
     options = (experts_per_token, score, gate, float(scale), *choice, num_sequences)
-    return RouteTopK(*_RouteTopK.apply(logits_TE.contiguous(), bias_E, token_mask_T, *options))
+    operands = (logits_TE.contiguous(), bias_E, token_mask_T)
+    if torch.is_grad_enabled():
+        return RouteTopK(*_RouteTopK.apply(*operands, *options))
+    weight_TK, expert_TK, count_E, _, _, balance_loss, z_loss = _route_topk(*operands, *options)
+    return RouteTopK(weight_TK, expert_TK, count_E, balance_loss, z_loss)
 
 
 def _check_logits(logits_TE: Tensor, experts_per_token: int, score: str, gate: str) -> tuple[int, int]:
