@@ -14,6 +14,7 @@ from moe_runtime.machine import describe_machine
 
 from .perplexity import perplexity
 from .scoring import score
+from .shared_prompts import score_endings
 from .tasks import Example, read_examples
 
 ROW_LENGTH = 1024
@@ -30,6 +31,7 @@ def evaluate_folder(
     max_tokens: int,
     device: str,
     console: Console,
+    dtype: torch.dtype | str = "auto",
 ) -> dict[str, Any]:
     """The report of a checkpoint folder as JSON values.
 
@@ -40,6 +42,7 @@ def evaluate_folder(
         max_tokens: of each text.
         device: where the model runs.
         console: where progress goes, if it is a terminal.
+        dtype: of the weights; "auto" keeps the file's.
 
     Raises:
         OSError, ValueError: the model, a text or a task is not usable.
@@ -49,7 +52,7 @@ def evaluate_folder(
 
     with quiet_transformers():
         tokenizer = load_tokenizer(path)
-        model = load_causal_lm(path, device=device)
+        model = load_causal_lm(path, dtype=dtype, device=device)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             bar = progress.add_task("Evaluating", total=None)
             results = evaluate_model(
@@ -136,11 +139,10 @@ def _choice(
     model: Any, tokenizer: Any, examples: list[Example], on_tokens: Callable[[int], None] | None
 ) -> dict[str, float]:
     """Share of right choices: by log-likelihood, and by that per byte."""
-    sequences = [ending for example in examples for ending in example.endings]
-    scores = iter(score(model, sequences, on_tokens))
+    scores = score_endings(model, [example.endings for example in examples], on_tokens)
     right = right_per_byte = chance = 0.0
-    for example in examples:
-        likely = [next(scores).log_likelihood for _ in example.endings]
+    for example, of_choices in zip(examples, scores, strict=True):
+        likely = [choice.log_likelihood for choice in of_choices]
         per_byte = [value / size for value, size in zip(likely, example.lengths, strict=True)]
         right += likely.index(max(likely)) == example.answer
         right_per_byte += per_byte.index(max(per_byte)) == example.answer

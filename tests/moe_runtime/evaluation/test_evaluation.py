@@ -57,7 +57,7 @@ def ids_of(text):
 
 @pytest.mark.parametrize("family", ["moe_runtime", "mixtral"])
 def test_perplexity_equals_a_loop_by_hand(family, tokenizer, file, monkeypatch):
-    monkeypatch.setattr(scoring, "_LOGITS_AT_ONCE", 3 * 64 * VOCAB_SIZE)
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 3 * 64 * VOCAB_SIZE)
     model = model_of(family)
     (figures,) = evaluate_model(model, tokenizer, {"a": file(TEXT, "a.txt")}, [])["texts"].values()
     ids = ids_of(TEXT)
@@ -102,7 +102,7 @@ def test_longer_choices_are_not_at_a_disadvantage_per_byte(tokenizer, file, monk
     """-4 for two bytes is less than -3 for one, and more per byte."""
     line = {"prompt": "p", "choices": ["a", "bb"], "answer": 1}
     made = [scoring.Score(-3.0, 1, 0), scoring.Score(-4.0, 2, 0)]
-    monkeypatch.setattr(run, "score", lambda *_: made)
+    monkeypatch.setattr(run, "score_endings", lambda *_: [made])
     figures = evaluate_model(model_of("moe_runtime"), tokenizer, {}, [file([line])])["tasks"]["task"]
     assert (figures["accuracy"], figures["accuracy_per_byte"]) == (0.0, 1.0)
 
