@@ -87,7 +87,7 @@ def evaluate_model(
         OSError, ValueError: a text or a task is not usable.
     """
     longest = _positions(model)
-    examples = _examples_by_task(tasks, tokenizer, longest)
+    examples = examples_by_task(tasks, tokenizer, longest)
     length = min(ROW_LENGTH, longest or ROW_LENGTH)
     return {
         "texts": {
@@ -112,7 +112,12 @@ def _positions(model: Any) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
-def _examples_by_task(files: Sequence[str], tokenizer: Any, longest: int | None) -> dict[str, list[Example]]:
+def examples_by_task(files: Sequence[str], tokenizer: Any, longest: int | None) -> dict[str, list[Example]]:
+    """The examples of all files by their tasks, for a model of `longest` positions.
+
+    Raises:
+        OSError, ValueError: a file or a line is not usable.
+    """
     by_task: dict[str, list[Example]] = {}
     for file in files:
         examples = list(read_examples(Path(file), tokenizer))

@@ -76,7 +76,7 @@ def shares_prompts(model: Any) -> bool:
         return False
     with evaluating(model):
         token_11 = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        cache = getattr(model(input_ids=token_11, use_cache=True), "past_key_values", None)
+        cache: Any = getattr(model(input_ids=token_11, use_cache=True), "past_key_values", None)
     return type(cache) is DynamicCache and all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
     )

@@ -10,6 +10,7 @@ from rich.console import Console
 from moe_runtime.errors import RunError
 from moe_runtime.train.data.samples import json_objects
 from moe_runtime.train.data.sources import read_lines
+from moe_runtime.train.recipe import Precision
 
 from .recipe import FlanTask
 
@@ -47,12 +48,8 @@ def write_questions(task: FlanTask, shots: int, seed: int, folder: Path) -> Path
     return file
 
 
-def measure(model: Path, files: dict[str, Path]) -> dict[str, Any]:
-    """Figures of each task by its name, and as `score` the one that is compared.
-
-    Raises:
-        RunError: a file has several kinds of lines, or several tasks.
-    """
+def measure(model: Path, files: dict[str, Path], precision: Precision) -> dict[str, Any]:
+    """Figures of each task by its name, and as `score` the one that is compared. A file has one task."""
     import torch
 
     from moe_runtime.evaluation.run import evaluate_folder
@@ -61,10 +58,14 @@ def measure(model: Path, files: dict[str, Path]) -> dict[str, Any]:
     measured = {}
     for name, file in files.items():
         report = evaluate_folder(
-            model, {}, [str(file)], max_tokens=2, device=device, console=Console(quiet=True)
+            model,
+            {},
+            [str(file)],
+            max_tokens=2,
+            device=device,
+            console=Console(quiet=True),
+            dtype=getattr(torch, precision),
         )
-        if len(report["tasks"]) != 1:
-            raise RunError(f"{file} must hold one task, got {', '.join(report['tasks'])}")
         (figures,) = report["tasks"].values()
         measured[name] = {**figures, "score": figures[SCORES[figures["kind"]]]}
     return measured

@@ -2,13 +2,13 @@
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from moe_runtime.errors import RecipeError
-from moe_runtime.recipe_checks import check_type, check_whole
+from moe_runtime.recipe_checks import check_choice, check_type, check_whole
 from moe_runtime.recipe_file import build, read_yaml
 from moe_runtime.train.data import DataRecipe
-from moe_runtime.train.recipe import MoeSection, TrainRecipe, TrainSection
+from moe_runtime.train.recipe import MoeSection, Precision, TrainRecipe, TrainSection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,7 @@ class FlanRecipe:
     moe: MoeSection = field(default_factory=lambda: MoeSection(expert_dropout=0.2))
     max_length: int = 512
     shots: int = 2  # worked examples in front of a question, for models that are not tuned on the task
+    measure_precision: Precision = "float32"  # of weights and products while both models are measured
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,6 +64,7 @@ class FlanRecipe:
             _check_tuning(name, getattr(self, name))
         check_whole("max_length", self.max_length, 2)
         check_whole("shots", self.shots, 0)
+        check_choice("measure_precision", self.measure_precision, get_args(Precision))
         check_whole("seed", self.seed, 0)
 
     def to_dict(self) -> dict[str, Any]:

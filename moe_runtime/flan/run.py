@@ -7,6 +7,7 @@ are tuned on a task are measured and removed; those tuned on instructions stay u
 
 import gc
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,12 +19,12 @@ from moe_runtime.config import ModelConfig
 from moe_runtime.demo.stages import Stage, run_stages
 from moe_runtime.errors import RunError
 from moe_runtime.families import model_config
-from moe_runtime.flops import matched_regimes, model_flops, training_flops
+from moe_runtime.flops import matched_regimes, model_flops, model_parameters, training_flops
 from moe_runtime.hf.loading import json_object
 from moe_runtime.html import write_report
 from moe_runtime.progress import StageProgress
 from moe_runtime.train.data.sources import file_hash
-from moe_runtime.train.recipe import TrainSection
+from moe_runtime.train.recipe import TrainRecipe, TrainSection
 
 from .questions import measure, write_questions
 from .recipe import FlanRecipe, FlanTask
@@ -67,6 +68,22 @@ class Comparison:
             return section.steps
         return max(1, round(section.steps * self.training_flops(MIXTURE) / self.training_flops(DENSE)))
 
+    def training(
+        self, name: str, start: Path, output: Path, files: tuple[str, ...], section: TrainSection
+    ) -> TrainRecipe:
+        """The recipe of one tuning of a model from `start`."""
+        return self.recipe.training(
+            str(start), output, files, section, self.steps(name, section), mixes=name == MIXTURE
+        )
+
+    def question_files(self, shots: int) -> dict[str, Path]:
+        """Each task's test file with so many worked examples in front of every question."""
+        if not shots:
+            return {task.name: Path(task.test) for task in self.recipe.tasks}
+        folder = self.folder / "questions"
+        seed = self.recipe.seed
+        return {task.name: write_questions(task, shots, seed, folder) for task in self.recipe.tasks}
+
     def regimes(self, mixture_tokens: int, dense_tokens: int) -> tuple[str, ...]:
         """In what two tunings on so many tokens are equal."""
         return matched_regimes(
@@ -85,10 +102,12 @@ def run_comparison(recipe: FlanRecipe, console: Console) -> dict[str, Any]:
     Raises:
         RunError: a model, a file or a tuning is not usable.
     """
+    from .check import check_comparison
     from .page import render_page
     from .report import build_report
 
     comparison = Comparison(recipe)
+    check_comparison(comparison)
     comparison.folder.mkdir(parents=True, exist_ok=True)
     results = run_stages(make_stages(comparison), comparison.folder, StageProgress(console))
     report = build_report(comparison, results)
@@ -113,15 +132,19 @@ def _stages_of(comparison: Comparison, name: str) -> list[Stage]:
     asked = {
         "questions": [(asdict(task), _hashes(task.train, task.test)) for task in recipe.tasks],
         "shots": recipe.shots,
+        "measure_precision": recipe.measure_precision,
         "seed": recipe.seed,
     }
+    measuring = sum(
+        measuring_cost(comparison, name, recipe.tasks, shots) for shots in sorted({0, recipe.shots})
+    )
     stages = [
         Stage(
             name=f"{name}-untuned",
             title=f"{name}: measure it as it is",
             work=partial(_measure, comparison, Path(comparison.sources[name])),
             settings=source | asked,
-            cost=10,
+            cost=measuring,
         ),
         Stage(
             name=f"{name}-instructions",
@@ -131,7 +154,7 @@ def _stages_of(comparison: Comparison, name: str) -> list[Stage]:
             | {"files": _hashes(*recipe.instructions)}
             | _tuning(comparison, name, recipe.instruction_tuning),
             makes=(instructed,),
-            cost=comparison.steps(name, recipe.instruction_tuning),
+            cost=tuning_cost(comparison, name, recipe.instructions, recipe.instruction_tuning),
         ),
         Stage(
             name=f"{name}-after-instructions",
@@ -139,7 +162,7 @@ def _stages_of(comparison: Comparison, name: str) -> list[Stage]:
             work=partial(_measure, comparison, instructed),
             settings={"max_length": recipe.max_length} | asked,
             inputs=(f"{name}-instructions",),
-            cost=10,
+            cost=measuring,
         ),
     ]
     for task in recipe.tasks:
@@ -151,9 +174,11 @@ def _stages_of(comparison: Comparison, name: str) -> list[Stage]:
                     work=partial(_tune_and_measure, comparison, name, start, task),
                     settings=source
                     | {"task": asdict(task), "files": _hashes(task.train, task.test)}
+                    | {"measure_precision": recipe.measure_precision}
                     | _tuning(comparison, name, recipe.task_tuning),
                     inputs=(f"{name}-instructions",) if start == instructed else (),
-                    cost=comparison.steps(name, recipe.task_tuning) + 5,
+                    cost=tuning_cost(comparison, name, (task.train,), recipe.task_tuning)
+                    + measuring_cost(comparison, name, (task,), 0),
                 )
             )
     return stages
@@ -172,6 +197,30 @@ def _tuning(comparison: Comparison, name: str, section: TrainSection) -> dict[st
 
 def _hashes(*files: str) -> list[str]:
     return [file_hash(Path(file)) for file in files]
+
+
+# --- what stages cost, in rough seconds on two cores ---
+
+_FLOPS_PER_SECOND = 1.5e11
+_PARAMETERS_PER_SECOND = 2.5e8  # of an update, which reads and writes all of a mixture for a few tokens
+_WRITTEN_PER_SECOND = 3e7  # parameters of a checkpoint with the optimizer's states, and of the model
+_BYTES_PER_TOKEN = 5  # of JSON lines
+
+
+def measuring_cost(comparison: Comparison, name: str, tasks: Sequence[FlanTask], shots: int) -> float:
+    """Worked examples are about as long as questions."""
+    tokens = sum(Path(task.test).stat().st_size for task in tasks) / _BYTES_PER_TOKEN * (1 + shots)
+    return tokens * comparison.inference_flops(name) / _FLOPS_PER_SECOND
+
+
+def tuning_cost(comparison: Comparison, name: str, files: Sequence[str], section: TrainSection) -> float:
+    lines = [line for file in files for line in Path(file).read_bytes().splitlines()]
+    tokens = min(sum(map(len, lines)) / _BYTES_PER_TOKEN / max(1, len(lines)), comparison.recipe.max_length)
+    rows = section.batch_size * section.accumulate
+    parameters = model_parameters(comparison.configs[name]).total()
+    step = rows * tokens * comparison.training_flops(name) / _FLOPS_PER_SECOND
+    step += parameters / _PARAMETERS_PER_SECOND
+    return comparison.steps(name, section) * step + parameters / _WRITTEN_PER_SECOND
 
 
 # --- work ---
@@ -200,10 +249,7 @@ def _tune(
     """Train, and say what it cost."""
     from moe_runtime.train.run import run_training
 
-    recipe = comparison.recipe.training(
-        str(start), output, files, section, comparison.steps(name, section), mixes=name == MIXTURE
-    )
-    result = run_training(recipe)
+    result = run_training(comparison.training(name, start, output, files, section))
     gc.collect()  # a trainer and its model hold each other, and the next ones need the memory
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     losses = result.values("lm_loss")
@@ -223,20 +269,21 @@ def _tune_and_measure(
     shutil.rmtree(output, ignore_errors=True)
     try:
         cost = _tune(comparison, name, start, output, (task.train,), comparison.recipe.task_tuning)
-        return {**cost, "measured": {"0": measure(output, {task.name: Path(task.test)})}}
+        asked = {task.name: Path(task.test)}
+        return {**cost, "measured": {"0": measure(output, asked, comparison.recipe.measure_precision)}}
     finally:
         shutil.rmtree(output, ignore_errors=True)
 
 
 def _measure(comparison: Comparison, model: Path, on_share: Any) -> dict[str, Any]:
     """All tasks without worked examples, and with `shots` of them in front."""
-    recipe = comparison.recipe
-    measured = {"0": measure(model, {task.name: Path(task.test) for task in recipe.tasks})}
-    if recipe.shots:
-        folder = comparison.folder / "questions"
-        files = {task.name: write_questions(task, recipe.shots, recipe.seed, folder) for task in recipe.tasks}
-        measured[str(recipe.shots)] = measure(model, files)
-    return {"measured": measured}
+    precision = comparison.recipe.measure_precision
+    numbers = sorted({0, comparison.recipe.shots})
+    return {
+        "measured": {
+            str(shots): measure(model, comparison.question_files(shots), precision) for shots in numbers
+        }
+    }
 
 
 def _described(folder: str) -> ModelConfig:

@@ -3,15 +3,22 @@
 import json
 import re
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
+from dense_models import save_dense
 
+import moe_runtime.flan
+import upcycle as upcycle_package
 from moe_runtime.cli import main
 from moe_runtime.errors import RunError
-from moe_runtime.flan.questions import measure, write_questions
+from moe_runtime.flan.check import check_comparison
+from moe_runtime.flan.questions import write_questions
 from moe_runtime.flan.recipe import FlanTask, load_recipe
-from moe_runtime.flan.run import Comparison, make_stages
+from moe_runtime.flan.run import Comparison, make_stages, measuring_cost, tuning_cost
 
 RECIPE = """
 mixture: {folder}/mixture
@@ -41,21 +48,15 @@ def folder(tmp_path_factory, tiny_checkpoint):
     from upcycle import recipe_from_dict, upcycle
 
     folder = tmp_path_factory.mktemp("flan")
-    upcycle(
-        recipe_from_dict(
-            {
-                "method": "copy",
-                "base": str(tiny_checkpoint),
-                "output": str(folder / "mixture"),
-                "target": "moe_runtime",
-                "experts": 4,
-                "experts_per_token": 2,
-            }
-        )
-    )
+    for name, target in (("mixture", "moe_runtime"), ("mixtral", "mixtral")):
+        recipe = {"method": "copy", "base": str(tiny_checkpoint), "output": str(folder / name)}
+        recipe |= {"target": target, "experts": 4, "experts_per_token": 2}
+        upcycle(recipe_from_dict(recipe))
     for task in ("choose", "repeat"):
         for part, count in (("train", 12), ("test", 4)):
             (folder / f"{task}.{part}.jsonl").write_text(lines(count, choices=task == "choose"))
+    both = lines(1, choices=True) + lines(1, choices=False)
+    (folder / "both.jsonl").write_text(both)
     (folder / "mixed.jsonl").write_text(lines(30, choices=False))
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, dense=tiny_checkpoint))
     return folder
@@ -172,13 +173,6 @@ def test_worked_examples_stand_in_front_of_the_question(folder, tmp_path):
         write_questions(task, 13, 0, tmp_path)
 
 
-def test_a_file_of_two_tasks_is_refused(folder, tmp_path):
-    both = tmp_path / "both.jsonl"
-    both.write_text(lines(1, choices=True) + lines(1, choices=False))
-    with pytest.raises(RunError, match=r"both\.jsonl must hold one task, got choose, repeat"):
-        measure(folder / "mixture", {"both": both})
-
-
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -193,6 +187,11 @@ def test_a_file_of_two_tasks_is_refused(folder, tmp_path):
             "name: repeat",
             "name: choose",
             "tasks.name must be another for each task, got ['choose', 'choose']",
+        ),
+        (
+            "shots: 1",
+            "shots: 1\nmeasure_precision: half",
+            "measure_precision must be one of 'float32', 'bfloat16', got 'half'",
         ),
         ("name: repeat", "name: ../x", "tasks.name must be fit for a folder's name, got '../x'"),
     ],
@@ -220,3 +219,75 @@ def test_models_in_the_wrong_places_are_refused(folder, changed):
         Comparison(load_recipe(changed(f"{folder}/mixture", dense)))
     with pytest.raises(RunError, match="dense must have no experts"):
         Comparison(load_recipe(changed(f"dense: {dense}", f"dense: {folder}/mixture")))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "/mixture\n",
+            "/mixtral\n",
+            "moe.expert_dropout must be left out for models of transformers, got one for MixtralForCausalLM",
+        ),
+        (
+            "learning_rate: 1.0e-3}\nmax",
+            "learning_rate: 1.0e-3, restarts: [2]}\nmax",
+            "train.restarts must lie below train.steps (2), got 2",
+        ),
+        ("max_length: 64", "max_length: 2000000", "data.max_length must be at most"),
+        ("max_length: 64", "max_length: 2", "data must hold samples with tokens that count"),
+        ("shots: 1", "shots: 13", "shots must be at most the lines with 'prompt' and 'completion'"),
+        ("repeat.test.jsonl", "both.jsonl", "both.jsonl must hold one task, got choose, repeat"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_the_first(
+    changed, folder, tmp_path, capsys, old, new, message
+):
+    path = changed(old, new)
+    path.write_text(path.read_text().replace(f"output: {folder}/out", f"output: {tmp_path}/out"))
+    assert main(["flan", str(path)]) != 0
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert "measure it as it is" not in shown.out
+    assert not (tmp_path / "out" / "stages").exists()
+
+
+def test_the_example_fits_what_its_upcycling_recipe_writes(tmp_path, monkeypatch):
+    """Both files as they are, on a tiny checkpoint in the place of the real one."""
+    from upcycle import load_recipe as load_upcycling
+    from upcycle import upcycle
+
+    example = Path(moe_runtime.flan.__file__).with_name("example.yaml")
+    granular = Path(upcycle_package.__file__).with_name("recipes") / "granular.yaml"
+    monkeypatch.chdir(tmp_path)
+    dense = tmp_path / ".cache" / "smollm2-135m"
+    dense.mkdir(parents=True)
+    byte_tokenizer().save_pretrained(dense)
+    save_dense(dense, "llama", vocab_size=VOCAB_SIZE, max_position_embeddings=512)
+    upcycle(load_upcycling(granular))
+    recipe = load_recipe(example)
+    Path("runs/tasks").mkdir()
+    for file in recipe.instructions:
+        Path(file).write_text(lines(3, choices=False))
+    for task in recipe.tasks:
+        for file in (task.train, task.test):
+            Path(file).write_text(lines(3, choices=True))
+    comparison = Comparison(recipe)
+    check_comparison(comparison)
+    assert comparison.steps("dense", recipe.task_tuning) == recipe.task_tuning.steps
+
+
+def test_the_costs_of_stages_grow_with_their_work(folder):
+    comparison = Comparison(load_recipe(folder / "recipe.yaml"))
+    recipe = comparison.recipe
+    one, two = (measuring_cost(comparison, "mixture", recipe.tasks, shots) for shots in (0, 1))
+    assert two == 2 * one
+    assert measuring_cost(comparison, "dense", recipe.tasks, 0) < one
+    costs = {
+        steps: tuning_cost(
+            comparison, "mixture", recipe.instructions, replace(recipe.task_tuning, steps=steps)
+        )
+        for steps in (1, 2, 3)
+    }
+    assert costs[3] - costs[2] == pytest.approx(costs[2] - costs[1])
+    assert costs[2] > costs[1]
