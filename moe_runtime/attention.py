@@ -434,7 +434,9 @@ def rotate(x: Tensor, rotary: Rotary, interleaved: bool = False) -> Tensor:
     in the wider of both dtypes, returned in x's. The tables are constants: they get no gradient.
     """
     cos, sin = (table.unsqueeze(2) for table in rotary)
-    return _Rotate.apply(x, cos, sin, interleaved, True)
+    if torch.is_grad_enabled():
+        return _Rotate.apply(x, cos, sin, interleaved, True)
+    return _rotated(x, cos, sin, interleaved, heads_first=True)
 
 
 # Elements; on a CPU each of the rotation's passes then finds them in the cache.
@@ -460,9 +462,10 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, heads_fi
     """With `heads_first`, each head of the result lies in one piece of memory, as attention reads it."""
     B, L, heads, P = x.shape
     y = x.new_empty(B, heads, L, P).transpose(1, 2) if heads_first else x.new_empty(x.shape)
-    step = heads
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        step = max(1, ROTATED_AT_A_TIME * heads // max(1, x.numel()))
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() <= ROTATED_AT_A_TIME:
+        _rotate_into(y, x, cos, sin, interleaved)
+        return y
+    step = max(1, ROTATED_AT_A_TIME * heads // x.numel())
     for x_part, y_part in zip(x.split(step, 2), y.split(step, 2), strict=True):
         _rotate_into(y_part, x_part, cos, sin, interleaved)
     return y
@@ -470,21 +473,22 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, heads_fi
 
 def _rotate_into(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
     rotated = 2 * cos.shape[-1]
-    first, second = _pairs(x[..., :rotated], interleaved)
-    out_first, out_second = _pairs(y[..., :rotated], interleaved)
+    if rotated < x.shape[-1]:
+        y[..., rotated:] = x[..., rotated:]
+        x, y = x[..., :rotated], y[..., :rotated]
+    first, second = _pairs(x, interleaved)
+    out_first, out_second = _pairs(y, interleaved)
     if torch.promote_types(x.dtype, cos.dtype) == x.dtype:
         out_first.copy_(first).mul_(cos).addcmul_(second, sin, value=-1)
         out_second.copy_(second).mul_(cos).addcmul_(first, sin)
     else:
         out_first.copy_((first * cos).addcmul_(second, sin, value=-1))
         out_second.copy_((second * cos).addcmul_(first, sin))
-    if rotated < x.shape[-1]:
-        y[..., rotated:] = x[..., rotated:]
 
 
 def _pairs(heads: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """Views of the first and of the second entry of every pair."""
     if interleaved:
         return heads[..., ::2], heads[..., 1::2]
-    middle = heads.shape[-1] // 2
-    return heads[..., :middle], heads[..., middle:]
+    first, second = heads.chunk(2, dim=-1)
+    return first, second
