@@ -1,8 +1,8 @@
 """`python -m benchmarks run` times the suites, `… aot` compiles the kernels for GPUs that are not here,
 `… tune` measures launches on one that is, `… upcycling` times whole upcycling runs, `… packing` trains on
-packed rows and on padded ones, `… expert_load` shows how evenly a training uses its experts, `… compare` says
-what became slower between two result files, and `… report` rewrites the tables and plots made from the
-results."""
+packed rows and on padded ones, `… expert_load` shows how evenly a training uses its experts, `… flan` keeps a
+comparison's report among the results, `… compare` says what became slower between two result files, and
+`… report` rewrites the tables and plots made from the results."""
 
 import argparse
 import sys
@@ -72,7 +72,7 @@ def main() -> int:
         help="leave out other libraries, some of which tune themselves for minutes",
     )
     timing.set_defaults(call=run)
-    from benchmarks import aot, compare, expert_load, memory, packing, tune, upcycling
+    from benchmarks import aot, compare, expert_load, flan, memory, packing, tune, upcycling
     from benchmarks.ablation import command as ablation
 
     compiling = commands.add_parser("aot", help="compile every kernel without a GPU and check the result")
@@ -95,6 +95,9 @@ def main() -> int:
     planned = commands.add_parser("memory", help="a training run's peak of memory beside its plan")
     memory.add_arguments(planned)
     planned.set_defaults(call=memory.main)
+    keeping = commands.add_parser("flan", help="keep the report of `moe-runtime flan` among the results")
+    flan.add_arguments(keeping)
+    keeping.set_defaults(call=flan.main)
     comparing = commands.add_parser("compare", help="what became slower between two result files")
     compare.add_arguments(comparing)
     comparing.set_defaults(call=compare.main)

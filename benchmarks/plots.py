@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from benchmarks import flan
 from benchmarks.ablation.section import SHOWS, draw_ablation
 from moe_runtime.html import plain_axes, svg
 
@@ -42,6 +43,8 @@ def draw(contents: Mapping[str, dict[str, Any]]) -> dict[str, tuple[str, str, st
         found["flops_dense.svg"] = ("moe_layer", shown, _against_dense(rows["moe_layer"]))
     if "ablation" in contents:
         found["ablation.svg"] = ("ablation", SHOWS, draw_ablation(contents["ablation"]))
+    if "flan" in contents:
+        found["flan.svg"] = ("flan", flan.SHOWS, flan.draw_flan(contents["flan"]))
     placed = {
         suite: _placed(rows[suite]) for suite in ("experts_cpu", "end_to_end", "expert_ffn") if suite in rows
     }
