@@ -110,6 +110,17 @@ def test_an_operation_called_directly_takes_tensors_that_require_gradients():
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_an_operation_called_directly_is_deaf_to_autocast(mode):
+    gate, heads, weight = normal(T, 2), normal(T, 1, 2, 8), normal(D, 16)
+    mix = torch.ops.moe_runtime.attention_mix
+    expected = mix(heads, gate, weight)
+    with mode(), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        actual = mix(heads, gate, weight)
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, expected)
+
+
 def test_shapes_flow_through_meta_tensors():
     x, gate_up, down = torch.randn(T, D), torch.randn(E, 2 * F, D), torch.randn(E, D, F)
     x, gate_up, down, logits = (t.to("meta").requires_grad_() for t in (x, gate_up, down, torch.randn(T, E)))

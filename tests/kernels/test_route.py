@@ -82,6 +82,16 @@ def test_route_matches_the_definition(T, E, K, options, dtype):
 
 
 @pytest.mark.parametrize(("T", "E", "K", "options"), CASES)
+def test_route_without_autograd_gives_the_same_bits(T, E, K, options):
+    logits, options = make_case(T, E, K, options, torch.float32)
+    expected = route_topk(logits.requires_grad_(), K, **options)
+    with torch.no_grad():
+        actual = route_topk(logits, K, **options)
+    for name, value in expected._asdict().items():
+        assert torch.equal(getattr(actual, name), value), name
+
+
+@pytest.mark.parametrize(("T", "E", "K", "options"), CASES)
 def test_route_gradients_in_double_precision(T, E, K, options):
     logits, options = make_case(min(T, 4), E, K, options, torch.float64)
     if "token_mask_T" in options:

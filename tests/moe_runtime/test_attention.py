@@ -176,6 +176,18 @@ class TestRotary:
         compiled.sum().backward()
         torch.testing.assert_close(x.grad, torch.autograd.grad(rotate(x, tables, interleaved).sum(), x)[0])
 
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+    @pytest.mark.parametrize("width", [4, P])
+    def test_without_autograd_heads_turn_the_same_way(self, width):
+        x, tables = randn(B, L, H, P, dtype=torch.bfloat16), rotary(width=width)
+        expected = rotate(x, tables)
+        with torch.no_grad():
+            actual = rotate(x, tables)
+            compiled = torch.compile(rotate, fullgraph=True, backend="aot_eager")(x, tables)
+        assert torch.equal(actual, expected)
+        assert actual.stride() == expected.stride()
+        assert torch.equal(compiled, expected)
+
     def test_scores_depend_on_distance_only(self):
         layer, x_BLD = mixture(num_experts=1), randn(B, L, D)
         shifted = rotary_tables(torch.arange(100, 100 + L)[None], P)
