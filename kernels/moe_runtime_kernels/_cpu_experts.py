@@ -6,6 +6,10 @@ gather, both products and the activation, while its rows are in the processor's 
 A group is neighbouring experts with about as many rows, which are one batch of products: one parallel region,
 in which threads share out experts, instead of one for each expert, in which they share out its few rows. Each
 expert is padded to the rows of the largest of its group with copies of its last row, which nobody reads.
+
+Weights may be wider than the rows, as under autocast. A group's are then rounded where they are multiplied,
+into memory that the next group's take, and their gradients are widened as they are written: the bits of
+rounding all weights before and widening all gradients after, which would be a pass over memory each.
 """
 
 from collections.abc import Sequence
@@ -16,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ._activations import activate, activate_backward
-from ._cpu import onednn_takes, product, weight_grad
+from ._cpu import onednn_takes, product
 from ._dispatch import accumulator
 from .combine import combine_blocks
 
@@ -24,6 +28,7 @@ MOST_EXPERTS = 16  # in a group
 MOST_ROWS = 32  # of an expert in a group of several: a product of more keeps all threads busy alone
 MOST_HIDDEN = 2**21  # elements of h between the products of a few groups
 CACHED = 2**18  # elements of h that go through the activation at once: 1 MiB of float32
+MOST_ROUNDED = 2**22  # elements of a group's weights that are rounded, unless one expert has more
 FEW_ROWS = 3  # of an expert, for which MKL's product has one thread
 PARTS = 8  # of a matrix that few rows of float32 are multiplied with
 
@@ -91,7 +96,8 @@ class Blocks(NamedTuple):
 
 def make_blocks(x_TD: Tensor, weight_EOI: Tensor, offset_E: Tensor) -> Blocks:
     ends = offset_E.tolist()
-    groups = make_groups(ends, MOST_EXPERTS if batches_pay(x_TD, weight_EOI) else 1)
+    most = most_experts(x_TD.dtype, weight_EOI) if batches_pay(x_TD, weight_EOI) else 1
+    groups = make_groups(ends, most)
     if not groups or groups[-1].padded.stop == ends[-1]:
         return Blocks(groups, ends, None, None)
     starts = [0, *ends]
@@ -104,6 +110,31 @@ def make_blocks(x_TD: Tensor, weight_EOI: Tensor, offset_E: Tensor) -> Blocks:
     row_R = torch.arange(groups[-1].padded.stop) - shift.repeat_interleave(height)
     row_R = torch.minimum(row_R, last.repeat_interleave(height))
     return Blocks(groups, ends, row_R, torch.arange(ends[-1]) + shift.repeat_interleave(count))
+
+
+def most_experts(dtype: torch.dtype, weight_EOI: Tensor) -> int:
+    """In a group, for rows of a dtype."""
+    if weight_EOI.dtype == dtype:
+        return MOST_EXPERTS
+    return max(1, min(MOST_EXPERTS, MOST_ROUNDED // max(weight_EOI[0].numel(), 1)))
+
+
+class Scratch:
+    """Memory in the dtype of the rows for one group's matrices, which the next group's overwrite."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._memory = torch.empty(0, dtype=dtype)
+
+    def like(self, weight_nOI: Tensor) -> Tensor:
+        if self._memory.numel() < weight_nOI.numel():
+            self._memory = self._memory.new_empty(weight_nOI.numel())
+        return self._memory[: weight_nOI.numel()].view(weight_nOI.shape)
+
+    def rounded(self, weight_nOI: Tensor) -> Tensor:
+        """The matrices in the dtype of the rows; the same tensor if they have it."""
+        if weight_nOI.dtype == self._memory.dtype:
+            return weight_nOI
+        return self.like(weight_nOI).copy_(weight_nOI)
 
 
 def batches_pay(x_TD: Tensor, weight_EOI: Tensor) -> bool:
@@ -168,18 +199,19 @@ def expert_ffn_blocks(  # noqa: PLR0913 - the operation's own arguments, in its 
 ) -> tuple[Tensor, Tensor]:
     (G, D), F = gate_up_EGD.shape[1:], down_EDF.shape[2]
     blocks = make_blocks(x_TD, gate_up_EGD, offset_E)
-    token_R = blocks.pad(token_N)
+    token_R, scratch = blocks.pad(token_N), Scratch(x_TD.dtype)
     h_RG = x_TD.new_empty(blocks.num_padded if keep_h else 0, G)
     # one row more than none, to be read and not used where all choices are dropped
     y_RD = x_TD.new_empty(max(blocks.num_padded, 1), D)
     for groups in chunks(blocks.groups, MOST_HIDDEN // G):
         rows = slice(groups[0].padded.start, groups[-1].padded.stop)
-        part_RG = _hidden(x_TD, gate_up_EGD, gate_up_bias_EG, token_R[rows], groups)
+        part_RG = _hidden(x_TD, gate_up_EGD, gate_up_bias_EG, token_R[rows], groups, scratch)
         if keep_h:
             h_RG[rows] = part_RG
         a_RF = _activated(part_RG, F, activation)
         for group, a in zip(groups, a_RF.split([_size(group) for group in groups]), strict=True):
-            experts_product(a, down_EDF[group.experts], _of(down_bias_ED, group), y_RD[group.padded])
+            down_nDF = scratch.rounded(down_EDF[group.experts])
+            experts_product(a, down_nDF, _of(down_bias_ED, group), y_RD[group.padded])
     y_TD = combine_blocks(y_RD, weight_TK, blocks.places(row_TK), residual_TD)
     return y_TD, _all_rows(h_RG, blocks, token_N) if keep_h else h_RG
 
@@ -211,14 +243,19 @@ def _size(group: Group) -> int:
 
 
 def _hidden(
-    x_TD: Tensor, gate_up_EGD: Tensor, bias_EG: Tensor | None, token_R: Tensor, groups: Sequence[Group]
+    x_TD: Tensor,
+    gate_up_EGD: Tensor,
+    bias_EG: Tensor | None,
+    token_R: Tensor,
+    groups: Sequence[Group],
+    scratch: Scratch,
 ) -> Tensor:
     """h of the padded rows of groups that follow each other, which are those of tokens `token_R`."""
     x_RD = x_TD.index_select(0, token_R)
     h_RG = x_TD.new_empty(x_RD.shape[0], gate_up_EGD.shape[1])
     sizes = [_size(group) for group in groups]
     for group, x, h in zip(groups, x_RD.split(sizes), h_RG.split(sizes), strict=True):
-        experts_product(x, gate_up_EGD[group.experts], _of(bias_EG, group), h)
+        experts_product(x, scratch.rounded(gate_up_EGD[group.experts]), _of(bias_EG, group), h)
     return h_RG
 
 
@@ -254,7 +291,7 @@ def expert_ffn_backward_blocks(  # noqa: C901, PLR0913 - one branch per gradient
     needs_x, needs_gate_up, needs_down, needs_gate_up_bias, needs_down_bias, needs_weight = needs
     dtype, acc, F = x_TD.dtype, accumulator(x_TD.dtype), down_EDF.shape[2]
     blocks = make_blocks(x_TD, gate_up_EGD, offset_E)
-    token_R, used = blocks.pad(token_N), blocks.ends[-1]
+    token_R, used, scratch = blocks.pad(token_N), blocks.ends[-1], Scratch(dtype)
     grad_TD = grad_TD.to(dtype)
     # zero for the copies: they add nothing to the gradients of weights and biases
     weight_R1 = _weights(weight_TK.flatten().to(acc), slot_N[:used], blocks)[:, None]
@@ -262,20 +299,20 @@ def expert_ffn_backward_blocks(  # noqa: C901, PLR0913 - one branch per gradient
     dweight_R = weight_R1.new_empty(blocks.num_padded if needs_weight else 0)
     dgate_up = _stack(gate_up_EGD, needs_gate_up and gate_up_main_grad is None, blocks)
     ddown = _stack(down_EDF, needs_down and down_main_grad is None, blocks)
-    dgate_up_bias = _stack(gate_up_EGD[:, :, 0], needs_gate_up_bias, blocks)
-    ddown_bias = _stack(down_EDF[:, :, 0], needs_down_bias, blocks)
+    dgate_up_bias = _stack(gate_up_EGD[:, :, 0], needs_gate_up_bias, blocks, dtype)
+    ddown_bias = _stack(down_EDF[:, :, 0], needs_down_bias, blocks, dtype)
 
     for groups in chunks(blocks.groups, MOST_HIDDEN // 4 // gate_up_EGD.shape[1]):
         rows = slice(groups[0].padded.start, groups[-1].padded.stop)
         parts = [slice(g.padded.start - rows.start, g.padded.stop - rows.start) for g in groups]
         grad_RD, gate_R1 = grad_TD.index_select(0, token_R[rows]), weight_R1[rows]
         if h_NG is None:
-            h_RG = _hidden(x_TD, gate_up_EGD, gate_up_bias_EG, token_R[rows], groups).to(acc)
+            h_RG = _hidden(x_TD, gate_up_EGD, gate_up_bias_EG, token_R[rows], groups, scratch).to(acc)
         else:
             h_RG = (h_NG[rows] if blocks.row_R is None else h_NG.index_select(0, blocks.row_R[rows])).to(acc)
         da_RF = x_TD.new_empty(grad_RD.shape[0], F)
         for group, part in zip(groups, parts, strict=True):
-            down_nFD = down_EDF[group.experts].transpose(1, 2)
+            down_nFD = scratch.rounded(down_EDF[group.experts]).transpose(1, 2)
             experts_product(grad_RD[part], down_nFD, None, da_RF[part])
         da_RF = da_RF.to(acc)
         if needs_weight or needs_down:
@@ -292,15 +329,15 @@ def expert_ffn_backward_blocks(  # noqa: C901, PLR0913 - one branch per gradient
                 grad_nMD = grad_RD[part].to(acc).view(-1, group.height, grad_RD.shape[1])
                 dweight_R[group.padded] += (grad_nMD * down_bias_ED[experts, None].to(acc)).sum(2).flatten()
             if needs_down:
-                _weight_grad(grad_RD[part], weighted_RF[part], ddown, down_main_grad, group)
+                _weight_grad(grad_RD[part], weighted_RF[part], ddown, down_main_grad, group, scratch)
             if needs_down_bias:
                 ddown_bias[experts] = _sums(gate_R1[part] * grad_RD[part].to(acc), group)
             if needs_gate_up:
-                _weight_grad(dh_RG[part], x_RD[part], dgate_up, gate_up_main_grad, group)
+                _weight_grad(dh_RG[part], x_RD[part], dgate_up, gate_up_main_grad, group, scratch)
             if needs_gate_up_bias:
                 dgate_up_bias[experts] = _sums(dh_RG[part].to(acc), group)
             if needs_x:
-                gate_up_nDG = gate_up_EGD[experts].transpose(1, 2)
+                gate_up_nDG = scratch.rounded(gate_up_EGD[experts]).transpose(1, 2)
                 experts_product(dh_RG[part], gate_up_nDG, None, dx_RD[group.padded])
     ones_TK = torch.ones_like(row_TK, dtype=acc)
     dx = combine_blocks(dx_RD, ones_TK, blocks.places(row_TK)) if needs_x else dx_RD.flatten()
@@ -318,11 +355,11 @@ def _weights(weights: Tensor, slot_N: Tensor, blocks: Blocks) -> Tensor:
     return of_rows_N.new_zeros(blocks.num_padded).index_copy_(0, blocks.place_N, of_rows_N)
 
 
-def _stack(like: Tensor, needed: bool, blocks: Blocks) -> Tensor:
+def _stack(like: Tensor, needed: bool, blocks: Blocks, dtype: torch.dtype | None = None) -> Tensor:
     """A gradient, zero for experts without rows; without elements where it is not needed."""
     if not needed:
-        return like.new_empty(0)
-    grad = like.new_empty(like.shape)
+        return like.new_empty(0, dtype=dtype)
+    grad = like.new_empty(like.shape, dtype=dtype)
     for e, (start, end) in enumerate(pairwise([0, *blocks.ends])):
         if start == end:
             grad[e].zero_()
@@ -335,15 +372,25 @@ def _sums(grad_RO: Tensor, group: Group) -> Tensor:
 
 
 def _weight_grad(
-    grad_RO: Tensor, x_RI: Tensor, dweight_EOI: Tensor, main_grad_EOI: Tensor | None, group: Group
+    grad_RO: Tensor,
+    x_RI: Tensor,
+    dweight_EOI: Tensor,
+    main_grad_EOI: Tensor | None,
+    group: Group,
+    scratch: Scratch,
 ) -> None:
     """The gradients of a group's matrices, written, or added to the main gradients."""
     grad_nOM = grad_RO.view(-1, group.height, grad_RO.shape[1]).transpose(1, 2)
     x_nMI = x_RI.view(-1, group.height, x_RI.shape[1])
-    if main_grad_EOI is None and onednn_takes(grad_RO, x_RI.t()):  # a group is then one expert
-        dweight_EOI[group.experts.start] = weight_grad(grad_RO, x_RI)
-    elif main_grad_EOI is None:
-        torch.bmm(grad_nOM, x_nMI, out=dweight_EOI[group.experts])
-    else:
+    if main_grad_EOI is not None:
         acc = main_grad_EOI.dtype
         main_grad_EOI[group.experts].baddbmm_(grad_nOM.to(acc), x_nMI.to(acc))
+        return
+    dweight_nOI = dweight_EOI[group.experts]
+    out_nOI = dweight_nOI if dweight_nOI.dtype == x_RI.dtype else scratch.like(dweight_nOI)
+    if len(out_nOI) == 1:  # faster than a batch of one; for float32, than oneDNN and a copy of its result
+        torch.mm(grad_RO.t(), x_RI, out=out_nOI[0])
+    else:
+        torch.bmm(grad_nOM, x_nMI, out=out_nOI)
+    if out_nOI is not dweight_nOI:
+        dweight_nOI.copy_(out_nOI)

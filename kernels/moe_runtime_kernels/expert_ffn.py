@@ -13,6 +13,7 @@ second time, the same way. With g[n] = dy[token[n]] and w[n] the gate of row n:
     ddown_bias[e] = sum of w[n] g[n]                  dgate_up_bias[e] = sum of dh[n]
 
 Products take the storage dtype in and sum in float32; activations, gates and sums over choices are float32.
+Under autocast on a CPU float32 weights stay float32 in memory and are rounded where they are multiplied.
 ddown and dgate_up can be added to float32 main gradients instead of being returned, without being rounded;
 every backward pass through the call adds, whatever gradients it was asked for.
 The identity for dweight and the set of saved tensors follow SonicMoE (Guo et al. 2025).
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ._activations import ACTIVATIONS, activate, activate_backward
-from ._checks import FLOATS, check_choice, check_dims, check_dtype, check_same, check_shape
+from ._checks import FLOATS, check_choice, check_device, check_dims, check_dtype, check_same, check_shape
 from ._cpu_experts import expert_ffn_backward_blocks, expert_ffn_blocks
 from ._dispatch import accumulator, cast_for_autocast, register_kernel, register_reference
 from .combine import check_gates, combine_reference
@@ -76,9 +77,18 @@ def _(x, gate_up, *rest):
 @torch.library.register_fake("moe_runtime::expert_ffn_backward")
 def _gradient_shapes(grad_out, x, gate_up, down, gate_up_bias, down_bias, weight, *rest):
     needs = rest[-1]
-    shapes = (x.shape, gate_up.shape, down.shape, gate_up.shape[:2], down.shape[:2])
-    grads = (x.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs[:5], strict=True))
-    return *grads, weight.new_empty(weight.shape if needs[5] else (0,))
+    results = (
+        (x, x.shape),
+        (gate_up, gate_up.shape),
+        (down, down.shape),
+        (x, gate_up.shape[:2]),
+        (x, down.shape[:2]),
+        (weight, weight.shape),
+    )
+    return tuple(
+        like.new_empty(shape if needed else (0,))
+        for (like, shape), needed in zip(results, needs, strict=True)
+    )
 
 
 @torch.library.register_fake("moe_runtime::expert_ffn_add_backward")
@@ -297,7 +307,7 @@ def expert_ffn(  # noqa: PLR0913 - a whole layer: its weights, its routing, its 
     Raises:
         ValueError: shapes, dtypes, devices or names are wrong. Non-contiguous tensors are copied first.
     """
-    x_TD, *parameters = cast_for_autocast(x_TD, gate_up_proj, down_proj, gate_up_bias, down_bias)
+    x_TD, *parameters = _cast(x_TD, gate_up_proj, down_proj, gate_up_bias, down_bias)
     _check_operands(x_TD, *parameters)
     check_choice("expert_ffn", "activation", activation, tuple(ACTIVATIONS))
     T, K = check_plan("expert_ffn", plan, x_TD.device)
@@ -318,6 +328,23 @@ def expert_ffn(  # noqa: PLR0913 - a whole layer: its weights, its routing, its 
         return _ExpertFFN.apply(*operands, *plan, *options)
     y_TD, _ = _expert_ffn(*operands, *plan, activation, False)
     return y_TD
+
+
+def _cast(x_TD: Tensor, gate_up: Tensor, down: Tensor, *biases: Tensor | None) -> tuple[Any, ...]:
+    """The operands in autocast's dtype where that is on, except for weights that may stay wide."""
+    x_TD, *narrow = cast_for_autocast(x_TD, *biases)
+    if not _rounds_weights(x_TD):
+        return *cast_for_autocast(x_TD, gate_up, down), *narrow
+    weights = (
+        weight if weight.dtype == torch.float32 else weight.to(x_TD.dtype) for weight in (gate_up, down)
+    )
+    return x_TD, *weights, *narrow
+
+
+def _rounds_weights(x_TD: Tensor) -> bool:
+    """Whether float32 weights are rounded to x's dtype inside the operation: on a CPU, under autocast."""
+    is_narrow = x_TD.dtype in (torch.bfloat16, torch.float16)
+    return x_TD.device.type == "cpu" and is_narrow and torch.is_autocast_enabled("cpu")
 
 
 def _check_operands(
@@ -343,4 +370,7 @@ def _check_operands(
     ):
         if tensor is not None:
             check_shape(op, name, tensor, shape, letters)
-            check_same(op, name, tensor, "x", x_TD)
+            if _rounds_weights(x_TD) and tensor.dtype == torch.float32:
+                check_device(op, name, tensor, x_TD.device)
+            else:
+                check_same(op, name, tensor, "x", x_TD)

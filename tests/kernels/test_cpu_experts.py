@@ -60,23 +60,67 @@ def test_small_chunks_and_caches_are_the_reference(dtype, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
-def test_gradients_through_onednn_are_the_reference(monkeypatch):
+def test_products_through_onednn_are_the_reference(monkeypatch):
     calls = []
 
-    def spy(grad_MO, x_MI):
-        assert _cpu.onednn_takes(grad_MO, x_MI.t())
-        calls.append(len(grad_MO))
-        return _cpu.weight_grad(grad_MO, x_MI)
+    def spy(x_MI, weight_OI, bias_O=None):
+        assert _cpu.onednn_takes(x_MI, weight_OI)
+        calls.append(len(x_MI))
+        return _cpu.product(x_MI, weight_OI, bias_O)
 
     monkeypatch.setattr(_cpu, "ONEDNN_IS_FASTER", True)
-    monkeypatch.setattr(_cpu_experts, "weight_grad", spy)
+    monkeypatch.setattr(_cpu_experts, "product", spy)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
         assert_is_the_reference(Routing(300, 4, 5), torch.float32)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert sum(calls) == 2 * 300 * 4  # of both matrices
+    assert sum(calls) == 4 * 300 * 4  # with both matrices, forward and backward
+
+
+@pytest.mark.parametrize("most", [None, 1], ids=["groups", "one-by-one"])
+@pytest.mark.parametrize(
+    "routing", [Routing(70, 3, 40, "sentinels"), Routing(300, 4, 5)], ids=["several", "single"]
+)
+def test_weights_rounded_under_autocast_have_the_bits_of_rounded_weights(routing, most, monkeypatch):
+    if most is not None:
+        monkeypatch.setattr(_cpu_experts, "MOST_ROUNDED", most)
+        monkeypatch.setattr(_cpu_experts, "MOST_EXPERTS", 1)  # of the weights that are rounded before, too
+    plan = make_plan(choose(routing, "cpu"), routing.E)
+    inputs, grad = make_inputs(routing, torch.float32, optional=NAMES[4:])
+    inputs, grad = {name: value.cpu() for name, value in inputs.items()}, grad.cpu()
+    fn = layer(plan)
+
+    def under_autocast(**leaves):
+        with torch.autocast("cpu", torch.bfloat16):
+            return fn(**leaves)
+
+    actual = run(under_autocast, inputs, grad)
+    kept = ("weight", "residual")
+    low = {name: value if name in kept else value.bfloat16() for name, value in inputs.items()}
+    expected = run(fn, low, grad)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value.to(actual[name].dtype)), name
+    for name in ("gate_up", "down"):
+        assert actual[f"d{name}"].dtype == torch.float32
+
+
+def test_autocast_keeps_no_copy_of_float32_weights():
+    routing = Routing(20, 2, 4)
+    plan = make_plan(choose(routing, "cpu"), routing.E)
+    inputs, _ = make_inputs(routing, torch.float32)
+    leaves = {name: value.cpu().requires_grad_() for name, value in inputs.items()}
+    saved = []
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    ):
+        layer(plan)(**leaves)
+    weights = [leaves["gate_up"], leaves["down"]]
+    for weight in weights:
+        kept = [t for t in saved if t.shape == weight.shape]
+        assert [t.data_ptr() for t in kept] == [weight.data_ptr()]
 
 
 def test_groups_are_neighbours_with_about_as_many_rows():
