@@ -53,8 +53,7 @@ def linear_cross_entropy(
     Returns:
         A scalar of float32 (float64 for float64).
     """
-    x_TD, weight_VD, bias_V = cast_for_autocast(x_TD, weight_VD, bias_V)
-    x_TD = x_TD.to(weight_VD.dtype)
+    (x_TD,) = cast_for_autocast(x_TD.to(weight_VD.dtype))
     if x_TD.device.type == "cpu" and not _is_traced(x_TD):
         counted = (target_T != ignore_index).nonzero().squeeze(1)
         if len(counted) < len(target_T):
@@ -76,8 +75,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         T, D = x_TD.shape
         acc = accumulator(x_TD.dtype)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        ctx.dtypes = x_TD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        # cast here and not before: autograd would round the sums in dweight and widen them again
+        weight_VD, bias_V = (None if given is None else given.to(x_TD.dtype) for given in (weight_VD, bias_V))
         dx_TD = torch.empty_like(x_TD) if needs_x else None
-        dweight_VD = torch.zeros_like(weight_VD, dtype=acc) if needs_weight else None
+        dweight_VD = None
         dbias_V = torch.zeros_like(bias_V, dtype=acc) if needs_bias else None
         loss = x_TD.new_zeros((), dtype=acc)
         with torch.autocast(x_TD.device.type, enabled=False):
@@ -94,8 +96,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     dx_TD[rows] = product(dz_MV, weight_VD.t())
                 if dweight_VD is not None:
                     _add_product(dweight_VD, dz_MV, x_TD[rows])
+                elif needs_weight:
+                    dweight_VD = weight_grad(dz_MV, x_TD[rows]).to(acc)
+        if needs_weight and dweight_VD is None:
+            dweight_VD = torch.zeros_like(weight_VD, dtype=acc)
         ctx.save_for_backward(dx_TD, dweight_VD, dbias_V)
-        ctx.dtypes = x_TD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
         return loss
 
     @staticmethod

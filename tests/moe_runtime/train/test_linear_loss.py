@@ -236,6 +236,13 @@ class TestOurModel:
         assert actual.item() != pytest.approx(exact.item(), rel=1e-7)  # it did round
         assert actual.item() == pytest.approx(expected.item(), rel=1e-4)
 
+    def test_autocast_leaves_the_sums_of_gradients_in_float32(self):
+        weight_VD = torch.randn(7, 4, requires_grad=True)
+        x_TD, target_T = torch.randn(64, 4), torch.randint(7, (64,))  # in chunks of 4 rows
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            linear_cross_entropy(x_TD, weight_VD, target_T).backward()
+        assert (weight_VD.grad != weight_VD.grad.bfloat16().float()).any()
+
     @THEIR_WARNINGS
     def test_serves_adapters_of_peft(self):
         from peft import LoraConfig, get_peft_model
