@@ -74,14 +74,14 @@ def make_mixture(base: Path, folder: Path) -> Path:
     return folder
 
 
-def write_samples(folder: Path, names: Iterable[str], samples: int) -> list[Path]:
-    """A file of each text: its documents in a drawn order, cut into samples of equal length."""
+def write_samples(folder: Path, names: Iterable[str], samples: int, length: int = CHARACTERS) -> list[Path]:
+    """A file of each text: its documents in a drawn order, cut into samples of `length` characters."""
     folder.mkdir()
     files = []
     for name in names:
         documents = BUILT_IN[name]().documents
         text = "\n".join(random.Random(name).sample(documents, len(documents)))
-        cut = [text[place * CHARACTERS : (place + 1) * CHARACTERS] for place in range(samples)]
+        cut = [text[place * length : (place + 1) * length] for place in range(samples)]
         files.append(folder / f"{name}.jsonl")
         files[-1].write_text("".join(json.dumps({"text": part}) + "\n" for part in cut), encoding="utf-8")
     return files

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import expert_load, flan, packing, upcycling
+from benchmarks import expert_load, flan, memory, packing, upcycling
 from benchmarks.ablation.section import ablation_rows, explained
 from benchmarks.ablation.summary import conclude, summarise
 from benchmarks.bars import BARS, MODEL
@@ -490,6 +490,7 @@ SECTIONS = {  # in the order of the page
     "tune": _tuned_section,
     "packing": packing.section,
     "expert_load": expert_load.section,
+    "memory": memory.section,
     "upcycling": upcycling.section,
     "ablation": _ablation_section,
     "flan": flan.section,
