@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from moe_runtime.generate import evaluating
+from moe_runtime.hf.cache import holds_keys_and_values_only
 
 from .scoring import Score, Scored, as_scores, fits, keeps_some_logits, padded, score, sums
 
@@ -76,10 +76,8 @@ def shares_prompts(model: Any) -> bool:
         return False
     with evaluating(model):
         token_11 = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        cache: Any = getattr(model(input_ids=token_11, use_cache=True), "past_key_values", None)
-    return type(cache) is DynamicCache and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
-    )
+        outputs = model(input_ids=token_11, use_cache=True)
+    return holds_keys_and_values_only(getattr(outputs, "past_key_values", None))
 
 
 def _score_groups(
@@ -139,7 +137,7 @@ def _score_batch(model: Any, batch: list[_Group]) -> list[Tensor]:
     ]
 
 
-def _prompts(model: Any, batch: list[_Group]) -> tuple[DynamicCache, Tensor]:
+def _prompts(model: Any, batch: list[_Group]) -> tuple[Any, Tensor]:
     """The cache of what each group shares, and its mask, padded in front."""
     reversed_rows = [group.sequences[0].ids[: group.shared][::-1] for group in batch]
     ids_GP, mask_GP = (padded_GP.flip(1) for padded_GP in padded(reversed_rows, model.device))
