@@ -6,7 +6,7 @@
 from typing import Any
 
 import torch
-from moe_runtime_kernels._cpu_experts import MOST_HIDDEN
+from moe_runtime_kernels._cpu_experts import MOST_HIDDEN, MOST_ROWS, most_experts
 from moe_runtime_kernels._dispatch import accumulator
 from torch import Tensor
 
@@ -29,10 +29,10 @@ def workspace(operation: Any, operands: Any) -> int:
 
 
 def _forward(x: Tensor, gate_up: Tensor, down: Tensor, N: int) -> int:
-    """y of all rows; of those at once h and a."""
+    """y of all rows; of those at once h and a; weights that are rounded."""
     (E, G, D), F = gate_up.shape, down.shape[2]
     R = _rows_at_once(N, E, MOST_HIDDEN // G)
-    return x.itemsize * (N * D + R * (G + F))
+    return x.itemsize * (N * D + R * (G + F)) + _rounded(x, gate_up, N)
 
 
 def _backward(x: Tensor, gate_up: Tensor, down: Tensor, N: int) -> int:
@@ -45,7 +45,17 @@ def _backward(x: Tensor, gate_up: Tensor, down: Tensor, N: int) -> int:
     wide = accumulator(x.dtype).itemsize
     h = 0 if wide == x.itemsize else G
     parts = 2 if G > F else 0
-    return x.itemsize * (N * D + R * (D + F)) + wide * R * ((3 + parts) * F + G + h)
+    rows = x.itemsize * (N * D + R * (D + F)) + wide * R * ((3 + parts) * F + G + h)
+    return rows + _rounded(x, gate_up, N)
+
+
+def _rounded(x: Tensor, gate_up: Tensor, N: int) -> int:
+    """A group's matrices in x's dtype, if they are stored in another."""
+    if gate_up.dtype == x.dtype:
+        return 0
+    E = gate_up.shape[0]
+    several = N // E <= MOST_ROWS
+    return x.itemsize * gate_up[0].numel() * (min(E, most_experts(x.dtype, gate_up)) if several else 1)
 
 
 def _rows_at_once(N: int, E: int, most: int) -> int:
