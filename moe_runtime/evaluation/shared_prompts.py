@@ -5,6 +5,7 @@ far apart as without padding. Their keys and values are then copied for each end
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,10 @@ class _Group:
     def longest_ending(self) -> int:
         return max(len(sequence.ids) for sequence in self.sequences) - self.shared
 
+    def fits_alone(self, vocab_size: int) -> bool:
+        rows, ending = len(self.sequences), self.longest_ending
+        return fits(rows * (self.shared + ending), rows * ending * vocab_size)
+
 
 def score_endings(
     model: Any, groups: Sequence[Sequence[Scored]], on_tokens: Callable[[int], None] | None = None
@@ -41,7 +46,7 @@ def score_endings(
     if the model allows it.
     """
     sharing = [_Group(group, number, shared_tokens(group)) for number, group in enumerate(groups)]
-    sharing = [group for group in sharing if group.shared]
+    sharing = [group for group in sharing if group.shared and group.fits_alone(model.config.vocab_size)]
     if sharing and not shares_prompts(model):
         sharing = []
     found = _score_groups(model, sharing, on_tokens)
@@ -64,14 +69,16 @@ def shared_tokens(group: Sequence[Scored]) -> int:
 def shares_prompts(model: Any) -> bool:
     """Whether a prompt's keys and values, padded in front, are all that an ending needs of it.
 
-    The model must be told positions, and its cache must hold keys and values of a whole sequence or a window.
+    The model must be told positions, leave out a prompt's logits, and its cache must hold keys and values of
+    a whole sequence or a window.
     """
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if "position_ids" not in inspect.signature(model.forward).parameters or not keeps_some_logits(model):
         return False
-    kinds = set(getattr(model.config, "layer_types", None) or ())
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
     if not kinds <= {"full_attention", "sliding_attention"}:
         return False
-    rotations = str(getattr(model.config, "rope_parameters", None))
+    rotations = str(getattr(config, "rope_parameters", None))
     if any(f"'{name}'" in rotations for name in _ROTATIONS_BY_LENGTH):
         return False
     with evaluating(model):
@@ -87,7 +94,7 @@ def _score_groups(
     found: list[Tensor] = []
     done: list[_Group] = []
     with evaluating(model):
-        for batch in _batches(groups, model.config.vocab_size):
+        for batch in _batches(groups, model.config):
             found += _score_batch(model, batch)
             done += batch
             if on_tokens is not None:
@@ -96,14 +103,17 @@ def _score_groups(
     return {group.number: [next(scores) for _ in group.sequences] for group in done}
 
 
-def _batches(groups: list[_Group], vocab_size: int) -> Iterator[list[_Group]]:
-    """Longest prompts first; a copy of a prompt's keys and values counts as its tokens do."""
+def _batches(groups: list[_Group], config: Any) -> Iterator[list[_Group]]:
+    """Longest prompts first; a copy of a prompt's keys and values counts as its tokens do. The longest prompt
+    with the longest ending, maybe another group's, is no longer than the model takes.
+    """
+    most = getattr(config, "max_position_embeddings", None) or math.inf
     batch: list[_Group] = []
     rows = ending = 0
     for group in sorted(groups, key=lambda group: -group.shared):
         new_rows, new_ending = rows + len(group.sequences), max(ending, group.longest_ending)
-        tokens = new_rows * ((batch or [group])[0].shared + new_ending)
-        if batch and not fits(tokens, new_rows * new_ending * vocab_size):
+        keys = (batch or [group])[0].shared + new_ending
+        if batch and (keys > most or not fits(new_rows * keys, new_rows * new_ending * config.vocab_size)):
             yield batch
             batch, new_rows, new_ending = [], len(group.sequences), group.longest_ending
         batch.append(group)
@@ -120,8 +130,8 @@ def _score_batch(model: Any, batch: list[_Group]) -> list[Tensor]:
     # the last token is needed only where no token is scored, since there must be one
     fed = [sequence.ids[shared : max(shared + 1, len(sequence.ids) - 1)] for sequence, shared in rows]
     ids_BE, mask_BE = padded(fed, model.device)
-    group_of_row_B = torch.tensor(group_of_row, device=model.device)
-    cache.batch_select_indices(group_of_row_B)
+    group_of_row_B = torch.tensor(group_of_row)
+    cache.batch_select_indices(group_of_row_B)  # from the CPU: layers may be on several devices
     position_BE = torch.tensor([shared for _, shared in rows], device=model.device)[:, None]
     position_BE = position_BE + (mask_BE.cumsum(1) - 1)  # padding stands where the last token does
     logits_BEV = model(
@@ -146,6 +156,6 @@ def _prompts(model: Any, batch: list[_Group]) -> tuple[Any, Tensor]:
         attention_mask=mask_GP,
         position_ids=(mask_GP.cumsum(1) - 1).clamp(min=0),
         use_cache=True,
-        **({"logits_to_keep": 1} if keeps_some_logits(model) else {}),
+        logits_to_keep=1,
     ).past_key_values
     return cache, mask_GP

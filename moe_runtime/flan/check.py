@@ -1,6 +1,7 @@
 """What would stop a comparison hours later, found before its first stage. No weights are loaded."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from moe_runtime.errors import RunError
@@ -19,13 +20,13 @@ def check_comparison(comparison: Comparison) -> None:
     Raises:
         RunError, ValueError: a package is missing, a section does not fit its model, or a file is not usable.
     """
-    with quiet_transformers():
+    with quiet_transformers(), TemporaryDirectory(prefix="questions-") as written:
         for name, folder in comparison.sources.items():
             for training in _tunings(comparison, name):
                 check_run(training)
             tokenizer, longest = load_tokenizer(folder), positions(folder)
             for shots in sorted({0, comparison.recipe.shots}):
-                for file in comparison.question_files(shots).values():
+                for file in comparison.question_files(shots, Path(written)).values():
                     _check_questions(file, tokenizer, longest)
 
 

@@ -76,11 +76,13 @@ class Comparison:
             str(start), output, files, section, self.steps(name, section), mixes=name == MIXTURE
         )
 
-    def question_files(self, shots: int) -> dict[str, Path]:
-        """Each task's test file with so many worked examples in front of every question."""
+    def question_files(self, shots: int, folder: Path | None = None) -> dict[str, Path]:
+        """Each task's test file with so many worked examples in front of every question; a file of its own in
+        the folder, by default one in the output.
+        """
         if not shots:
             return {task.name: Path(task.test) for task in self.recipe.tasks}
-        folder = self.folder / "questions"
+        folder = folder or self.folder / "questions"
         seed = self.recipe.seed
         return {task.name: write_questions(task, shots, seed, folder) for task in self.recipe.tasks}
 

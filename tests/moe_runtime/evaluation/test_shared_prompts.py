@@ -141,3 +141,29 @@ def test_such_models_get_the_same_scores():
     for mine, group in zip(score_endings(model, asked), asked, strict=True):
         for found, expected in zip(mine, score(model, group), strict=True):
             assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-5, abs=1e-5)
+
+
+def test_endings_that_fit_no_batch_together_are_computed_whole(monkeypatch):
+    model, whole = tiny_model(MOE), []
+    monkeypatch.setattr(shared_prompts, "score", lambda *args: whole.append(args[1]) or score(*args))
+    monkeypatch.setattr(scoring, "TOKENS_AT_ONCE", 60)
+    asked = [[Scored([*range(20), last], 20) for last in range(n)] for n in (2, 3)]
+    score_endings(model, asked)
+    assert whole == [asked[1]]
+
+
+def test_no_batch_is_longer_than_the_model_takes():
+    model, seen = gpt2(), []
+    longest = model.config.n_positions
+    asked = [
+        [Scored([*range(longest - 1), last], longest - 1) for last in (1, 2)],
+        [Scored([1, 2, 3, *range(longest - 3)], 3), Scored([1, 2, 3, 4], 3)],
+    ]
+    model.register_forward_pre_hook(
+        lambda _module, _args, options: seen.append(
+            options.get("attention_mask", options["input_ids"]).shape[1]
+        ),
+        with_kwargs=True,
+    )
+    score_endings(model, asked)
+    assert max(seen) <= longest
