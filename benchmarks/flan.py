@@ -65,7 +65,7 @@ def explained(content: dict[str, Any]) -> str:
     return (
         f"`moe-runtime flan`: {Path(models['mixture']['folder']).name} and its dense twin, "
         f"{Path(models['dense']['folder']).name}, measured with {asked}. Instructions ({instructions}): "
-        f"{first['steps']} steps of {rows['instruction_tuning']} samples; a task: {task['steps']} steps of "
+        f"{first['steps']} steps of {rows['instruction_tuning']} rows; a task: {task['steps']} steps of "
         f"{rows['task_tuning']}. Those are the mixture's; its twin gets as many as cost the same FLOPs "
         f"({models['dense']['instruction_steps']} for the instructions). Scores are shares of right choices, "
         f"exact answers or right tokens, measured in {recipe['measure_precision']}. The whole run took "

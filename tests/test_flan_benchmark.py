@@ -92,7 +92,7 @@ def test_a_report_becomes_a_result_file_and_a_section(report, tmp_path, monkeypa
     page = pages[tmp_path / "docs" / "performance.md"]
     assert "## Instruction tuning of a mixture and its dense twin" in page
     assert "measured with 100 questions of a and 100 questions of b" in page
-    assert "Instructions (define): 24 steps of 16 samples; a task: 12 steps of 16." in page
+    assert "Instructions (define): 24 steps of 16 rows; a task: 12 steps of 16." in page
     assert "(26 for the instructions)" in page
     assert "| task tuning only | 0 | mixture | 0.600 | 0.800 | 0.700 | 1e+12 | 2e+08 |" in page
     assert "- Not tuned, 2 worked examples: mean score 0.450 of the mixture, 0.350 of the dense twin" in page
