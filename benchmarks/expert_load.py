@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.result_file import RESULTS, write_result
 from moe_runtime.demo.checkpoint import smollm2_checkpoint
 from moe_runtime.demo.text import BUILT_IN
 from moe_runtime.machine import describe_machine
@@ -192,18 +193,12 @@ def section(content: dict[str, Any], path: Path, root: Path) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tiny", action="store_true", help="a model of seconds, to show that all runs")
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from benchmarks.conftest import result_path
-
     machine = describe_machine()  # before the run: of the code that runs
-    path = result_path(str(arguments.output), "expert_load")
     with tempfile.TemporaryDirectory(prefix="expert-load-") as folder:
         row = row_of(train(Path(folder), arguments.tiny), arguments.tiny)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"suite": "expert_load", "machine": machine, "rows": [row]}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
+    write_result(arguments.output, {"suite": "expert_load", "machine": machine, "rows": [row]})
     return 0

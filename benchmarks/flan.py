@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from moe_runtime.machine import device_folder
+from benchmarks.result_file import RESULTS, write_result
 
 KEYS = ("machine", "recipe", "models", "matched", "rows", "means", "seconds")
 SHOWS = (
@@ -30,12 +30,7 @@ def stored(report_file: Path, output: Path) -> Path:
         raise ValueError(
             f"{report_file} must be a report.json of moe-runtime flan, and has no {missing[0]!r}"
         )
-    machine = report["machine"]
-    name = f"{machine['time'][:10]}_{(machine['commit'] or 'nocommit')[:7]}_flan.json"
-    path = output / device_folder(machine) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"suite": "flan", **report}, indent=1) + "\n", encoding="utf-8")
-    return path
+    return write_result(output, {"suite": "flan", **report})
 
 
 def section(content: dict[str, Any], path: Path, root: Path) -> list[str]:
@@ -94,9 +89,9 @@ def draw_flan(content: dict[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("report", type=Path, help="report.json of a finished comparison")
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    print(f"wrote {stored(arguments.report, arguments.output)}")
+    stored(arguments.report, arguments.output)
     return 0

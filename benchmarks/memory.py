@@ -26,6 +26,7 @@ from benchmarks.expert_load import (
     tiny_checkpoint,
     write_samples,
 )
+from benchmarks.result_file import RESULTS, write_result
 from moe_runtime.demo.checkpoint import smollm2_checkpoint
 from moe_runtime.machine import describe_machine
 from moe_runtime.train.recipe import TrainRecipe, load_recipe, recipe_from_dict
@@ -162,15 +163,9 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.recipe is not None:
         plan, peak = compare(load_recipe(arguments.recipe))
         return 0 if report(arguments.recipe.name, plan, peak) else 1
-    from benchmarks.conftest import result_path
-
     machine = describe_machine()  # before the runs: of the code that runs
-    path = result_path(str(arguments.output), "memory")
     rows = measure_cases(arguments.tiny)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"suite": "memory", "machine": machine, "rows": rows}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
+    write_result(arguments.output, {"suite": "memory", "machine": machine, "rows": rows})
     return 0
 
 
@@ -179,4 +174,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "recipe", type=Path, nargs="?", help="a recipe of `moe-runtime train`; its output is not made"
     )
     parser.add_argument("--tiny", action="store_true", help="models of seconds, to show that all runs")
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.alternate import time_alternately
+from benchmarks.result_file import RESULTS, write_result
 from moe_runtime.demo.checkpoint import smollm2_checkpoint
 from moe_runtime.machine import describe_machine
 from moe_runtime.train.data import DataRecipe
@@ -167,17 +168,11 @@ def section(content: dict[str, Any], path: Path, root: Path) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tiny", action="store_true", help="a model of seconds, to show that all runs")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of every way")
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from benchmarks.conftest import result_path
-
     row = compare(arguments.tiny, arguments.rounds)
     print(json.dumps(row, indent=1))
-    path = result_path(str(arguments.output), "packing")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"suite": "packing", "machine": describe_machine(), "rows": [row]}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
+    write_result(arguments.output, {"suite": "packing", "machine": describe_machine(), "rows": [row]})
     return 0

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.alternate import Timing
+from benchmarks.result_file import RESULTS, write_result
 from moe_runtime.families import model_config
 from moe_runtime.machine import describe_machine
 from upcycle.checkpoint import INDEX_NAME, index_json, make_shards, write_shard
@@ -322,14 +323,12 @@ def section(content: dict[str, Any], path: Path, root: Path) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where to work; a temporary folder")
     parser.add_argument("--tiny", action="store_true", help="a model of megabytes, to show that all runs")
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     for other in ("mergekit", "mixturekit"):
         parser.add_argument(f"--{other}-python", help=f"the Python of an environment with {other}")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from benchmarks.conftest import result_path
-
     peers = {name: getattr(arguments, f"{name}_python") for name in ("mergekit", "mixturekit")}
     peers = {name: python for name, python in peers.items() if python}
     size = "tiny" if arguments.tiny else "2 GB"
@@ -338,11 +337,8 @@ def main(arguments: argparse.Namespace) -> int:
     versions = {name: version(python, name) for name, python in peers.items()}
     for entry in rows:
         print(json.dumps(entry, indent=1))
-    path = result_path(str(arguments.output), "upcycling")
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"suite": "upcycling", "machine": describe_machine(), "peers": versions, "rows": rows}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
+    write_result(arguments.output, content)
     return 0
 
 

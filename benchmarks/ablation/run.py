@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from benchmarks.ablation import methods
 from benchmarks.ablation.methods import Spent, Workplace
 from benchmarks.ablation.settings import TINY, AblationSettings
 from benchmarks.ablation.summary import METHODS, conclude, raw_values, summarise
+from benchmarks.result_file import write_result
 
 # at the FLOPs of which methods the dense model is trained too
 MATCHED = ("copy", "btx", "bam", "upit-routed-expanded")
@@ -143,7 +143,7 @@ def run(folder: Path, output: Path, *, tiny: bool) -> None:
     from rich.console import Console
 
     from moe_runtime.demo.stages import run_stages
-    from moe_runtime.machine import describe_machine, device_folder
+    from moe_runtime.machine import describe_machine
     from moe_runtime.progress import StageProgress
 
     machine = describe_machine()  # before the run: a checkout may change meanwhile
@@ -158,10 +158,6 @@ def run(folder: Path, output: Path, *, tiny: bool) -> None:
         "seconds": sum(result.seconds for result in results.values()),
         **raw_values(values, settings.seeds),
     }
-    name = f"{datetime.now(UTC):%Y-%m-%d}_{(machine['commit'] or 'nocommit')[:7]}_ablation.json"
-    path = output / device_folder(machine) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_result(output, content)
     for sentence in conclude(summarise(content)):
         print(f"- {sentence}")
-    print(f"wrote {path}")
