@@ -29,6 +29,8 @@ SCORES = ("softmax", "sigmoid")
 GATES = ("raw", "renorm", "straight_through")
 GROUP_SCORES = ("top2_sum", "max")
 TINY = 1e-20  # keeps 0 / 0 out of sigmoid scores that have all underflowed
+MOST_SORTED = 2**13  # values; for more, making keys and `topk` of these take less time
+KEYS_AT_A_TIME = 2**17  # 1 MiB, which stays in the cache
 
 
 class RouteTopK(NamedTuple):
@@ -138,8 +140,24 @@ def router_scores(logits_TE: Tensor, score: str) -> tuple[Tensor, Tensor]:
 
 
 def _top(value: Tensor, number: int) -> Tensor:
-    """Indices of the largest values, in falling order. A stable sort, so that ties go to the lowest index."""
-    return value.sort(stable=True, dim=1, descending=True).indices[:, :number]
+    """Indices of the largest values, in falling order; ties go to the lowest index, a NaN ranks highest.
+
+    A stable sort, or the same from `_top_keys` where that is faster.
+    """
+    if value.dtype != torch.float32 or value.numel() <= MOST_SORTED:
+        return value.sort(stable=True, dim=1, descending=True).indices[:, :number]
+    rows = KEYS_AT_A_TIME // value.shape[1] + 1
+    return torch.cat([_top_keys(part, number) for part in value.split(rows)])
+
+
+def _top_keys(value: Tensor, number: int) -> Tensor:
+    """By `topk`, which promises no order of ties, over integers without ties: value and place in one."""
+    columns = value.shape[1]
+    # one zero, and one NaN, which is above infinity; negative numbers as integers rise as they fall
+    bits = (value + 0.0).masked_fill_(value.isnan(), torch.nan).view(torch.int32)
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    place = torch.arange(columns - 1, -1, -1, device=value.device)
+    return place.add(bits.long(), alpha=columns).topk(number, dim=1).indices
 
 
 def _keep_groups(choice_TE: Tensor, num_groups: int, groups_kept: int, group_score: str) -> Tensor:
@@ -148,7 +166,7 @@ def _keep_groups(choice_TE: Tensor, num_groups: int, groups_kept: int, group_sco
         return choice_TE
     T, E = choice_TE.shape
     grouped = choice_TE.view(T, num_groups, E // num_groups)
-    best = grouped.sort(2, descending=True).values[..., : 2 if group_score == "top2_sum" else 1]
+    best = grouped.topk(min(2 if group_score == "top2_sum" else 1, E // num_groups), dim=2).values
     kept = torch.zeros(T, num_groups, dtype=torch.bool, device=choice_TE.device)
     kept = kept.scatter(1, _top(best.sum(2), groups_kept), True)
     return grouped.masked_fill(~kept[..., None], -torch.inf).view(T, E)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import DEVICE, DTYPES, assert_compiles_once, assert_matches, assert_same_bits, normal
-from moe_runtime_kernels import route_topk
+from moe_runtime_kernels import route, route_topk
 from route_cases import CASES, joined, make_case
 
 
@@ -374,3 +374,44 @@ def test_route_compiles_in_one_graph(score):
         return {"logits": normal(T, 6), "mask": mask}, normal(T * 2 + 2, seed=1)
 
     assert_compiles_once(fn, make)
+
+
+ODD_VALUES = [0.0, -0.0, 1.0, 1.0, -1.0, -1.0, 1e-45, -1e-45, torch.inf, -torch.inf, torch.nan, -torch.nan]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_ranking_by_keys_is_a_stable_sort(data):
+    """Also of equal, infinite and undefined numbers, both zeros, and the smallest of both signs."""
+    T, E = data.draw(st.integers(0, 12)), data.draw(st.integers(1, 600))
+    K = data.draw(st.integers(1, E))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    value = torch.randn(T, E, generator=generator) * data.draw(st.sampled_from([1e-38, 1.0, 1e38]))
+    kind = data.draw(st.sampled_from(["normal", "rounded", "odd"]))
+    if kind == "rounded":
+        value = value.bfloat16().float()
+    elif kind == "odd":
+        odd = torch.tensor(ODD_VALUES)[torch.randint(len(ODD_VALUES), (T, E), generator=generator)]
+        value = torch.where(torch.rand(T, E, generator=generator) < 0.5, odd, value)
+    expected = value.sort(stable=True, dim=1, descending=True).indices[:, :K]
+    assert torch.equal(route._top_keys(value, K), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"score": "sigmoid", "biased": True}, {"num_groups": 16, "groups_kept": 4, "score": "sigmoid"}],
+    ids=["softmax", "biased", "groups"],
+)
+def test_many_values_are_ranked_as_few(monkeypatch, dtype, options):
+    """Of logits with many ties, in parts that are not all of one size, against all of them sorted."""
+    logits, options = make_case(701, 256, 8, options)
+    logits = (4 * logits).round().to(dtype) / 4
+    logits[3] = 0.0
+    logits[5, 7:9] = torch.nan
+    actual = route_topk(logits, 8, **options)
+    assert logits.numel() > max(route.MOST_SORTED, route.KEYS_AT_A_TIME)
+    monkeypatch.setattr(route, "MOST_SORTED", logits.numel())
+    expected = route_topk(logits, 8, **options)
+    for name, value in expected._asdict().items():
+        assert torch.equal(getattr(actual, name).nan_to_num(), value.nan_to_num()), name
