@@ -7,6 +7,10 @@ A group is neighbouring experts with about as many rows, which are one batch of 
 in which threads share out experts, instead of one for each expert, in which they share out its few rows. Each
 expert is padded to the rows of the largest of its group with copies of its last row, which nobody reads.
 
+oneDNN compiles a kernel for every number of rows that it meets, 1 to 2 ms each, and keeps the last 1024. A
+router sends an expert other numbers in every batch, so where oneDNN multiplies, rows are padded to one of
+sixteen heights per power of two.
+
 Weights may be wider than the rows, as under autocast. A group's are then rounded where they are multiplied,
 into memory that the next group's take, and their gradients are widened as they are written: the bits of
 rounding all weights before and widening all gradients after, which would be a pass over memory each.
@@ -17,6 +21,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from ._activations import activate, activate_backward
@@ -26,7 +31,8 @@ from .combine import combine_blocks
 
 MOST_EXPERTS = 16  # in a group
 MOST_ROWS = 32  # of an expert in a group of several: a product of more keeps all threads busy alone
-MOST_HIDDEN = 2**21  # elements of h between the products of a few groups
+MOST_HIDDEN = 2**23  # elements of h between the products of a few groups
+MOST_HIDDEN_BACKWARD = 2**19  # the same, where it has a gradient and both have several forms
 CACHED = 2**18  # elements of h that go through the activation at once: 1 MiB of float32
 MOST_ROUNDED = 2**22  # elements of a group's weights that are rounded, unless one expert has more
 FEW_ROWS = 3  # of an expert, for which MKL's product has one thread
@@ -41,20 +47,21 @@ class Group(NamedTuple):
     padded: slice  # its rows among the padded ones of all groups
 
 
-def make_groups(ends: Sequence[int], most_experts: int) -> list[Group]:
-    """Groups of the experts that have rows, in order; `ends` is offset_E."""
+def make_groups(ends: Sequence[int], most_experts: int, few_heights: bool) -> list[Group]:
+    """Groups of the experts that have rows, in order; `ends` is offset_E. See `padded_height` for the last."""
     groups: list[Group] = []
     count = [end - start for start, end in pairwise([0, *ends])]
     first, E = 0, len(ends)
     while first < E:
         last, height, used = first + 1, count[first], count[first]
         while last < min(E, first + most_experts) and height and count[last]:
-            taller, more = _rounded(max(height, count[last])), used + count[last]
+            taller, more = padded_height(max(height, count[last])), used + count[last]
             # padding costs its share of the products, a group of its own the start of two
             if taller > MOST_ROWS or taller * (last + 1 - first) > more + more // 8 + 4 * (last + 1 - first):
                 break
             last, height, used = last + 1, taller, more
         if height:
+            height = padded_height(height) if few_heights else height
             start = groups[-1].padded.stop if groups else 0
             padded = slice(start, start + height * (last - first))
             groups.append(Group(slice(first, last), height, padded))
@@ -62,9 +69,12 @@ def make_groups(ends: Sequence[int], most_experts: int) -> list[Group]:
     return groups
 
 
-def _rounded(height: int) -> int:
-    """Of groups: a few heights, because oneDNN compiles a kernel for each."""
-    return height if height <= 8 else -(-height // 4) * 4
+def padded_height(rows: int) -> int:
+    """The next of a few heights: up to 8 all, then multiples of 4, from 64 on sixteen per power of two."""
+    if rows <= 8:
+        return rows
+    step = max(4, (1 << rows.bit_length()) >> 5)
+    return -(-rows // step) * step
 
 
 class Blocks(NamedTuple):
@@ -97,7 +107,7 @@ class Blocks(NamedTuple):
 def make_blocks(x_TD: Tensor, weight_EOI: Tensor, offset_E: Tensor) -> Blocks:
     ends = offset_E.tolist()
     most = most_experts(x_TD.dtype, weight_EOI) if batches_pay(x_TD, weight_EOI) else 1
-    groups = make_groups(ends, most)
+    groups = make_groups(ends, most, few_heights(x_TD, weight_EOI))
     if not groups or groups[-1].padded.stop == ends[-1]:
         return Blocks(groups, ends, None, None)
     starts = [0, *ends]
@@ -134,6 +144,8 @@ class Scratch:
         """The matrices in the dtype of the rows; the same tensor if they have it."""
         if weight_nOI.dtype == self._memory.dtype:
             return weight_nOI
+        if weight_nOI.stride(2) != 1:
+            return self.rounded(weight_nOI.transpose(1, 2)).transpose(1, 2)
         return self.like(weight_nOI).copy_(weight_nOI)
 
 
@@ -142,6 +154,57 @@ def batches_pay(x_TD: Tensor, weight_EOI: Tensor) -> bool:
     if x_TD.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return x_TD.dtype == torch.float32 and not onednn_takes(x_TD, weight_EOI[0])
+
+
+def few_heights(x_TD: Tensor, weight_EOI: Tensor) -> bool:
+    """Whether oneDNN multiplies, so that every other number of rows costs the compilation of a kernel."""
+    if x_TD.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return onednn_takes(x_TD, weight_EOI[0])
+
+
+def products(
+    x_RI: Tensor,
+    weight_EOI: Tensor,
+    bias_EO: Tensor | None,
+    groups: Sequence[Group],
+    scratch: Scratch,
+    out_RO: Tensor | None = None,
+) -> Tensor:
+    """The rows of groups that follow each other times their experts' matrices, plus biases; into `out` if given.
+
+    PyTorch's grouped product does what a loop here would, without Python between the experts.
+    """
+    if out_RO is None and bias_EO is None and _grouped_mm_takes(x_RI, weight_EOI, groups):
+        first, ends = groups[0].experts.start, []
+        for group in groups:  # experts without rows end where the one before them does
+            ends += [group.padded.start] * (group.experts.start - first - len(ends))
+            ends.append(group.padded.stop)
+        offset_n = torch.tensor(ends, dtype=torch.int32) - groups[0].padded.start
+        weight_nIO = weight_EOI[first : first + len(ends)].transpose(1, 2)
+        return functional.grouped_mm(x_RI, weight_nIO, offs=offset_n)
+    if out_RO is None:
+        out_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
+    sizes = [_size(group) for group in groups]
+    for group, x, out in zip(groups, x_RI.split(sizes), out_RO.split(sizes), strict=True):
+        bias_nO = None if bias_EO is None else bias_EO[group.experts]
+        experts_product(x, scratch.rounded(weight_EOI[group.experts]), bias_nO, out)
+    return out_RO
+
+
+def _grouped_mm_takes(x_RI: Tensor, weight_EOI: Tensor, groups: Sequence[Group]) -> bool:
+    """Whether its loop over experts has the products of `experts_product`, and their layout suits it."""
+    itemsize = x_RI.itemsize
+    return (
+        x_RI.dtype == weight_EOI.dtype
+        and x_RI.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and len(groups) > 1
+        and all(group.experts.stop - group.experts.start == 1 for group in groups)
+        and (x_RI.dtype != torch.float32 or min(group.height for group in groups) > FEW_ROWS)
+        and not onednn_takes(x_RI, weight_EOI[0])
+        and 1 in weight_EOI.stride()[1:]
+        and all(size * itemsize % 16 == 0 for size in (*x_RI.stride(), *weight_EOI.stride()) if size != 1)
+    )
 
 
 def experts_product(x_RI: Tensor, weight_nOI: Tensor, bias_nO: Tensor | None, out_RO: Tensor) -> None:
@@ -174,10 +237,6 @@ def _few_rows_product(x_RI: Tensor, weight_nOI: Tensor, bias_nO: Tensor | None) 
     return (y_nMO if bias_nO is None else y_nMO + bias_nO[:, None]).reshape(-1, O)
 
 
-def _of(bias_EO: Tensor | None, group: Group) -> Tensor | None:
-    return None if bias_EO is None else bias_EO[group.experts]
-
-
 # --- forward ----------------------------------------------------------------------------
 
 
@@ -200,18 +259,22 @@ def expert_ffn_blocks(  # noqa: PLR0913 - the operation's own arguments, in its 
     (G, D), F = gate_up_EGD.shape[1:], down_EDF.shape[2]
     blocks = make_blocks(x_TD, gate_up_EGD, offset_E)
     token_R, scratch = blocks.pad(token_N), Scratch(x_TD.dtype)
-    h_RG = x_TD.new_empty(blocks.num_padded if keep_h else 0, G)
+    parts = chunks(blocks.groups, MOST_HIDDEN // G)
+    several = len(parts) > 1
+    h_RG = x_TD.new_empty(blocks.num_padded if keep_h and several else 0, G)
     # one row more than none, to be read and not used where all choices are dropped
-    y_RD = x_TD.new_empty(max(blocks.num_padded, 1), D)
-    for groups in chunks(blocks.groups, MOST_HIDDEN // G):
+    y_RD = x_TD.new_empty(blocks.num_padded if several else 1, D)
+    for groups in parts:
         rows = slice(groups[0].padded.start, groups[-1].padded.stop)
-        part_RG = _hidden(x_TD, gate_up_EGD, gate_up_bias_EG, token_R[rows], groups, scratch)
-        if keep_h:
-            h_RG[rows] = part_RG
+        x_RD = x_TD.index_select(0, token_R[rows])
+        part_RG = products(x_RD, gate_up_EGD, gate_up_bias_EG, groups, scratch)
+        del x_RD
         a_RF = _activated(part_RG, F, activation)
-        for group, a in zip(groups, a_RF.split([_size(group) for group in groups]), strict=True):
-            down_nDF = scratch.rounded(down_EDF[group.experts])
-            experts_product(a, down_nDF, _of(down_bias_ED, group), y_RD[group.padded])
+        part_RD = products(a_RF, down_EDF, down_bias_ED, groups, scratch, y_RD[rows] if several else None)
+        if not several:
+            h_RG, y_RD = part_RG if keep_h else h_RG, part_RD
+        elif keep_h:
+            h_RG[rows] = part_RG
     y_TD = combine_blocks(y_RD, weight_TK, blocks.places(row_TK), residual_TD)
     return y_TD, _all_rows(h_RG, blocks, token_N) if keep_h else h_RG
 
@@ -240,23 +303,6 @@ def chunks(groups: list[Group], most_rows: int) -> list[list[Group]]:
 
 def _size(group: Group) -> int:
     return group.padded.stop - group.padded.start
-
-
-def _hidden(
-    x_TD: Tensor,
-    gate_up_EGD: Tensor,
-    bias_EG: Tensor | None,
-    token_R: Tensor,
-    groups: Sequence[Group],
-    scratch: Scratch,
-) -> Tensor:
-    """h of the padded rows of groups that follow each other, which are those of tokens `token_R`."""
-    x_RD = x_TD.index_select(0, token_R)
-    h_RG = x_TD.new_empty(x_RD.shape[0], gate_up_EGD.shape[1])
-    sizes = [_size(group) for group in groups]
-    for group, x, h in zip(groups, x_RD.split(sizes), h_RG.split(sizes), strict=True):
-        experts_product(x, scratch.rounded(gate_up_EGD[group.experts]), _of(bias_EG, group), h)
-    return h_RG
 
 
 def _all_rows(h_RG: Tensor, blocks: Blocks, token_N: Tensor) -> Tensor:
@@ -302,19 +348,17 @@ def expert_ffn_backward_blocks(  # noqa: C901, PLR0913 - one branch per gradient
     dgate_up_bias = _stack(gate_up_EGD[:, :, 0], needs_gate_up_bias, blocks, dtype)
     ddown_bias = _stack(down_EDF[:, :, 0], needs_down_bias, blocks, dtype)
 
-    for groups in chunks(blocks.groups, MOST_HIDDEN // 4 // gate_up_EGD.shape[1]):
+    for groups in chunks(blocks.groups, MOST_HIDDEN_BACKWARD // gate_up_EGD.shape[1]):
         rows = slice(groups[0].padded.start, groups[-1].padded.stop)
         parts = [slice(g.padded.start - rows.start, g.padded.stop - rows.start) for g in groups]
         grad_RD, gate_R1 = grad_TD.index_select(0, token_R[rows]), weight_R1[rows]
         if h_NG is None:
-            h_RG = _hidden(x_TD, gate_up_EGD, gate_up_bias_EG, token_R[rows], groups, scratch).to(acc)
+            x_RD = x_TD.index_select(0, token_R[rows])
+            h_RG = products(x_RD, gate_up_EGD, gate_up_bias_EG, groups, scratch).to(acc)
+            del x_RD
         else:
             h_RG = (h_NG[rows] if blocks.row_R is None else h_NG.index_select(0, blocks.row_R[rows])).to(acc)
-        da_RF = x_TD.new_empty(grad_RD.shape[0], F)
-        for group, part in zip(groups, parts, strict=True):
-            down_nFD = scratch.rounded(down_EDF[group.experts]).transpose(1, 2)
-            experts_product(grad_RD[part], down_nFD, None, da_RF[part])
-        da_RF = da_RF.to(acc)
+        da_RF = products(grad_RD, down_EDF.transpose(1, 2), None, groups, scratch).to(acc)
         if needs_weight or needs_down:
             a_RF = activate(h_RG, F, activation)
         if needs_weight:

@@ -11,6 +11,7 @@ to what a product leaves in registers. Source: oneDNN's memory formats and post-
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from ._checks import (
@@ -23,6 +24,7 @@ from ._checks import (
     check_same,
     check_shape,
 )
+from ._cpu_experts import padded_height
 from .combine import combine_blocks
 
 # oneDNN's names: kind, scalars, algorithm. relu2 squares what relu leaves.
@@ -148,13 +150,14 @@ class PackedExperts:
         expert_N = torch.where((expert_N >= 0) & (expert_N < E), expert_N, E)
         slot_N = expert_N.argsort(stable=True)
         counts = torch.bincount(expert_N, minlength=E + 1).tolist()
-        token_N = slot_N // K
+        token_N = functional.pad(slot_N // K, (0, max(4, T * K // 16)))
         y_ND = x_TD.new_empty(max(T * K, 1), self.width)
         start = 0
         for e, count in enumerate(counts[:E]):
             if count:
                 rows = slice(start, start + count)
-                y_ND[rows] = self._expert(x_TD.index_select(0, token_N[rows]), e)
+                padded = token_N[start : start + padded_height(count)]  # with rows of others, not used
+                y_ND[rows] = self._expert(x_TD.index_select(0, padded), e)[:count]
                 start += count
         row_N = torch.full_like(slot_N, -1)
         row_N[slot_N[:start]] = torch.arange(start)
