@@ -25,6 +25,11 @@ def _onednn_is_faster() -> bool:
 ONEDNN_IS_FASTER = _onednn_is_faster()
 
 
+def onednn_has_bf16() -> bool:
+    """Whether PyTorch's products of bfloat16 are oneDNN's on this machine."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def onednn_takes(x: Tensor, weight_OI: Tensor) -> bool:
     """Whether `onednn_product` is right and faster for these operands; it has no gradient."""
     trains = torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad)

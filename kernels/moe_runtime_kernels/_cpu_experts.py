@@ -3,16 +3,17 @@
 The references' steps each pass over all routed rows. Here a group of experts at a time goes through the
 gather, both products and the activation, while its rows are in the processor's cache.
 
-A group is neighbouring experts with about as many rows, which are one batch of products: one parallel region,
-in which threads share out experts, instead of one for each expert, in which they share out its few rows. Each
-expert is padded to the rows of the largest of its group with copies of its last row, which nobody reads.
+A group is neighbouring experts with about as many rows, which in float32 are one batch of products: one
+parallel region, in which threads share out experts, instead of one for each expert, in which they share out
+its few rows. Each expert is padded to the rows of the largest of its group with copies of its last row, which
+nobody reads. In other dtypes each expert is a group.
 
 oneDNN compiles a kernel for every number of rows that it meets, 1 to 2 ms each, and keeps the last 1024. A
 router sends an expert other numbers in every batch, so where oneDNN multiplies, rows are padded to one of
 sixteen heights per power of two.
 
-Weights may be wider than the rows, as under autocast. A group's are then rounded where they are multiplied,
-into memory that the next group's take, and their gradients are widened as they are written: the bits of
+Weights may be wider than the rows, as under autocast. An expert's are then rounded where they are multiplied,
+into memory that the next expert's take, and their gradients are widened as they are written: the bits of
 rounding all weights before and widening all gradients after, which would be a pass over memory each.
 """
 
@@ -25,7 +26,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ._activations import activate, activate_backward
-from ._cpu import onednn_takes, product
+from ._cpu import onednn_has_bf16, onednn_takes, product
 from ._dispatch import accumulator
 from .combine import combine_blocks
 
@@ -34,7 +35,6 @@ MOST_ROWS = 32  # of an expert in a group of several: a product of more keeps al
 MOST_HIDDEN = 2**23  # elements of h between the products of a few groups
 MOST_HIDDEN_BACKWARD = 2**19  # the same, where it has a gradient and both have several forms
 CACHED = 2**18  # elements of h that go through the activation at once: 1 MiB of float32
-MOST_ROUNDED = 2**22  # elements of a group's weights that are rounded, unless one expert has more
 FEW_ROWS = 3  # of an expert, for which MKL's product has one thread
 PARTS = 8  # of a matrix that few rows of float32 are multiplied with
 
@@ -48,7 +48,7 @@ class Group(NamedTuple):
 
 
 def make_groups(ends: Sequence[int], most_experts: int, few_heights: bool) -> list[Group]:
-    """Groups of the experts that have rows, in order; `ends` is offset_E. See `padded_height` for the last."""
+    """Groups of the experts that have rows, in order; `ends` is offset_E. Few heights: of one expert, too."""
     groups: list[Group] = []
     count = [end - start for start, end in pairwise([0, *ends])]
     first, E = 0, len(ends)
@@ -106,8 +106,9 @@ class Blocks(NamedTuple):
 
 def make_blocks(x_TD: Tensor, weight_EOI: Tensor, offset_E: Tensor) -> Blocks:
     ends = offset_E.tolist()
-    most = most_experts(x_TD.dtype, weight_EOI) if batches_pay(x_TD, weight_EOI) else 1
-    groups = make_groups(ends, most, few_heights(x_TD, weight_EOI))
+    through_onednn = onednn_multiplies(x_TD, weight_EOI)
+    batches_pay = x_TD.dtype == torch.float32 and not through_onednn
+    groups = make_groups(ends, MOST_EXPERTS if batches_pay else 1, through_onednn)
     if not groups or groups[-1].padded.stop == ends[-1]:
         return Blocks(groups, ends, None, None)
     starts = [0, *ends]
@@ -122,15 +123,8 @@ def make_blocks(x_TD: Tensor, weight_EOI: Tensor, offset_E: Tensor) -> Blocks:
     return Blocks(groups, ends, row_R, torch.arange(ends[-1]) + shift.repeat_interleave(count))
 
 
-def most_experts(dtype: torch.dtype, weight_EOI: Tensor) -> int:
-    """In a group, for rows of a dtype."""
-    if weight_EOI.dtype == dtype:
-        return MOST_EXPERTS
-    return max(1, min(MOST_EXPERTS, MOST_ROUNDED // max(weight_EOI[0].numel(), 1)))
-
-
 class Scratch:
-    """Memory in the dtype of the rows for one group's matrices, which the next group's overwrite."""
+    """Memory in the dtype of the rows for one expert's matrix, which the next expert's overwrites."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._memory = torch.empty(0, dtype=dtype)
@@ -149,17 +143,10 @@ class Scratch:
         return self.like(weight_nOI).copy_(weight_nOI)
 
 
-def batches_pay(x_TD: Tensor, weight_EOI: Tensor) -> bool:
-    """Whether a batch of products is one call of the library that would do each of them."""
+def onednn_multiplies(x_TD: Tensor, weight_EOI: Tensor) -> bool:
+    """Whether oneDNN has the products, so that another number of rows costs the compilation of a kernel."""
     if x_TD.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return x_TD.dtype == torch.float32 and not onednn_takes(x_TD, weight_EOI[0])
-
-
-def few_heights(x_TD: Tensor, weight_EOI: Tensor) -> bool:
-    """Whether oneDNN multiplies, so that every other number of rows costs the compilation of a kernel."""
-    if x_TD.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return onednn_has_bf16()
     return onednn_takes(x_TD, weight_EOI[0])
 
 
@@ -171,12 +158,13 @@ def products(
     scratch: Scratch,
     out_RO: Tensor | None = None,
 ) -> Tensor:
-    """The rows of groups that follow each other times their experts' matrices, plus biases; into `out` if given.
+    """The rows of groups that follow each other times their experts' matrices, plus biases, into `out` if any.
 
     PyTorch's grouped product does what a loop here would, without Python between the experts.
     """
     if out_RO is None and bias_EO is None and _grouped_mm_takes(x_RI, weight_EOI, groups):
-        first, ends = groups[0].experts.start, []
+        first = groups[0].experts.start
+        ends: list[int] = []
         for group in groups:  # experts without rows end where the one before them does
             ends += [group.padded.start] * (group.experts.start - first - len(ends))
             ends.append(group.padded.stop)
@@ -185,10 +173,11 @@ def products(
         return functional.grouped_mm(x_RI, weight_nIO, offs=offset_n)
     if out_RO is None:
         out_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
-    sizes = [_size(group) for group in groups]
-    for group, x, out in zip(groups, x_RI.split(sizes), out_RO.split(sizes), strict=True):
-        bias_nO = None if bias_EO is None else bias_EO[group.experts]
-        experts_product(x, scratch.rounded(weight_EOI[group.experts]), bias_nO, out)
+    start = groups[0].padded.start
+    for experts, _, padded in groups:
+        rows = slice(padded.start - start, padded.stop - start)
+        bias_nO = None if bias_EO is None else bias_EO[experts]
+        experts_product(x_RI[rows], scratch.rounded(weight_EOI[experts]), bias_nO, out_RO[rows])
     return out_RO
 
 
@@ -210,8 +199,8 @@ def _grouped_mm_takes(x_RI: Tensor, weight_EOI: Tensor, groups: Sequence[Group])
 def experts_product(x_RI: Tensor, weight_nOI: Tensor, bias_nO: Tensor | None, out_RO: Tensor) -> None:
     """Each expert's padded rows times its matrix, plus its bias, into `out`."""
     n, O, I = weight_nOI.shape
-    few = x_RI.dtype == torch.float32 and x_RI.shape[0] <= FEW_ROWS * n and weight_nOI.is_contiguous()
     through_onednn = onednn_takes(x_RI, weight_nOI[0])
+    few = x_RI.shape[0] <= FEW_ROWS * n and x_RI.dtype == torch.float32 and weight_nOI.is_contiguous()
     if few and not through_onednn:
         out_RO.copy_(_few_rows_product(x_RI, weight_nOI, bias_nO))
     elif n == 1 and (through_onednn or bias_nO is not None):

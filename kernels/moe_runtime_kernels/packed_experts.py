@@ -24,6 +24,7 @@ from ._checks import (
     check_same,
     check_shape,
 )
+from ._cpu import onednn_has_bf16
 from ._cpu_experts import padded_height
 from .combine import combine_blocks
 
@@ -41,11 +42,9 @@ _onednn: Any = torch.ops.mkldnn
 
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether this machine's oneDNN has products of packed weights of this dtype."""
-    if not torch.backends.mkldnn.is_available():
-        return False
     if dtype == torch.bfloat16:
-        return bool(_onednn._is_mkldnn_bf16_supported())
-    return dtype == torch.float32
+        return onednn_has_bf16()
+    return dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
 class PackedExperts:

@@ -6,7 +6,12 @@
 from typing import Any
 
 import torch
-from moe_runtime_kernels._cpu_experts import MOST_HIDDEN, MOST_ROWS, most_experts
+from moe_runtime_kernels._cpu_experts import (
+    MOST_HIDDEN,
+    MOST_HIDDEN_BACKWARD,
+    onednn_multiplies,
+    padded_height,
+)
 from moe_runtime_kernels._dispatch import accumulator
 from torch import Tensor
 
@@ -31,8 +36,9 @@ def workspace(operation: Any, operands: Any) -> int:
 def _forward(x: Tensor, gate_up: Tensor, down: Tensor, N: int) -> int:
     """y of all rows; of those at once h and a; weights that are rounded."""
     (E, G, D), F = gate_up.shape, down.shape[2]
+    N = _padded(x, gate_up, N)
     R = _rows_at_once(N, E, MOST_HIDDEN // G)
-    return x.itemsize * (N * D + R * (G + F)) + _rounded(x, gate_up, N)
+    return x.itemsize * (N * D + R * (G + F)) + _rounded(x, gate_up)
 
 
 def _backward(x: Tensor, gate_up: Tensor, down: Tensor, N: int) -> int:
@@ -41,21 +47,24 @@ def _backward(x: Tensor, gate_up: Tensor, down: Tensor, N: int) -> int:
     gate, both parts and what they become, and h, which is no copy where it has that width.
     """
     (E, G, D), F = gate_up.shape, down.shape[2]
-    R = _rows_at_once(N, E, MOST_HIDDEN // 4 // G)
+    N = _padded(x, gate_up, N)
+    R = _rows_at_once(N, E, MOST_HIDDEN_BACKWARD // G)
     wide = accumulator(x.dtype).itemsize
     h = 0 if wide == x.itemsize else G
     parts = 2 if G > F else 0
     rows = x.itemsize * (N * D + R * (D + F)) + wide * R * ((3 + parts) * F + G + h)
-    return rows + _rounded(x, gate_up, N)
+    return rows + _rounded(x, gate_up)
 
 
-def _rounded(x: Tensor, gate_up: Tensor, N: int) -> int:
-    """A group's matrices in x's dtype, if they are stored in another."""
-    if gate_up.dtype == x.dtype:
-        return 0
+def _rounded(x: Tensor, gate_up: Tensor) -> int:
+    """An expert's matrix in x's dtype, if it is stored in another."""
+    return 0 if gate_up.dtype == x.dtype else x.itemsize * gate_up[0].numel()
+
+
+def _padded(x: Tensor, gate_up: Tensor, N: int) -> int:
+    """Rows with the copies that fill each expert's up, with as many rows for every expert."""
     E = gate_up.shape[0]
-    several = N // E <= MOST_ROWS
-    return x.itemsize * gate_up[0].numel() * (min(E, most_experts(x.dtype, gate_up)) if several else 1)
+    return E * padded_height(-(-N // E)) if onednn_multiplies(x, gate_up) else N
 
 
 def _rows_at_once(N: int, E: int, most: int) -> int:

@@ -80,14 +80,10 @@ def test_products_through_onednn_are_the_reference(monkeypatch):
     assert sum(calls) == 4 * sum(map(padded_height, counts))  # with both matrices, forward and backward
 
 
-@pytest.mark.parametrize("most", [None, 1], ids=["groups", "one-by-one"])
 @pytest.mark.parametrize(
-    "routing", [Routing(70, 3, 40, "sentinels"), Routing(300, 4, 5)], ids=["several", "single"]
+    "routing", [Routing(70, 3, 40, "sentinels"), Routing(300, 4, 5)], ids=["few-rows", "many-rows"]
 )
-def test_weights_rounded_under_autocast_have_the_bits_of_rounded_weights(routing, most, monkeypatch):
-    if most is not None:
-        monkeypatch.setattr(_cpu_experts, "MOST_ROUNDED", most)
-        monkeypatch.setattr(_cpu_experts, "MOST_EXPERTS", 1)  # of the weights that are rounded before, too
+def test_weights_rounded_under_autocast_have_the_bits_of_rounded_weights(routing):
     plan = make_plan(choose(routing, "cpu"), routing.E)
     inputs, grad = make_inputs(routing, torch.float32, optional=NAMES[4:])
     inputs, grad = {name: value.cpu() for name, value in inputs.items()}, grad.cpu()
@@ -131,6 +127,23 @@ def test_groups_are_neighbours_with_about_as_many_rows():
     assert experts == [(0, 2, 3), (3, 5, 2), (5, 6, 100), (6, 7, 2)]
     assert [g.experts for g in make_groups([1, 2, 3], 1, False)] == [slice(0, 1), slice(1, 2), slice(2, 3)]
     assert make_groups([0, 0], 16, True) == []
+
+
+def test_heights_are_few_and_little_above_the_rows():
+    heights = [padded_height(rows) for rows in range(1, 2049)]
+    assert heights[:16] == [1, 2, 3, 4, 5, 6, 7, 8, 12, 12, 12, 12, 16, 16, 16, 16]
+    assert all(0 <= height - rows <= max(3, rows // 16) for rows, height in enumerate(heights, start=1))
+    assert all(height == padded_height(height) for height in heights)
+    # oneDNN keeps 1024 kernels, and a gated layer has six kinds of products in a training step
+    assert 6 * len(set(heights)) < 1024
+
+
+@pytest.mark.parametrize(("dtype", "few"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_experts_have_few_heights_where_onednn_multiplies(dtype, few, monkeypatch):
+    monkeypatch.setattr(_cpu_experts, "onednn_has_bf16", lambda: True)
+    ends = torch.tensor([50, 50, 183, 183 + 341], dtype=torch.int32)
+    blocks = make_blocks(torch.empty(600, 4, dtype=dtype), torch.empty(4, 4, 4, dtype=dtype), ends)
+    assert [group.height for group in blocks.groups] == ([52, 136, 352] if few else [50, 133, 341])
 
 
 @pytest.mark.parametrize("routing", PATTERNS)
