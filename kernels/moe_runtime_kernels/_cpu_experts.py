@@ -158,7 +158,7 @@ def products(
     scratch: Scratch,
     out_RO: Tensor | None = None,
 ) -> Tensor:
-    """The rows of groups that follow each other times their experts' matrices, plus biases, into `out` if any.
+    """Rows of groups that follow each other times their experts' matrices, plus biases, into `out` if given.
 
     PyTorch's grouped product does what a loop here would, without Python between the experts.
     """
