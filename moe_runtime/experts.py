@@ -14,6 +14,7 @@ from moe_runtime_kernels import (
     grouped_gemm,
     make_plan,
 )
+from moe_runtime_kernels._cpu_one_token import one_token_ffn
 from torch import Tensor, nn
 
 from moe_runtime.config import Activation, FeedForwardConfig
@@ -82,8 +83,7 @@ class Experts(nn.Module):
             y_TD = packed_forward(self, x_TD, expert_TK, weight_TK, residual_TD)
             if y_TD is not None:
                 return y_TD
-        plan = make_plan(expert_TK.int(), self.num_experts)
-        operands = (x_TD, self.gate_up_proj, self.down_proj, weight_TK, plan)
+        operands = (x_TD, self.gate_up_proj, self.down_proj, weight_TK)
         options: dict[str, Any] = {
             "activation": self.config.activation,
             "gate_up_bias": self.gate_up_bias,
@@ -91,14 +91,19 @@ class Experts(nn.Module):
             "residual_TD": residual_TD,
         }
         adapted = getattr(self, "expert_lora", None)
+        if adapted is None and not drops_out and self.config.experts_backend == "moe_runtime":
+            y_TD = one_token_ffn(*operands, expert_TK, **options)
+            if y_TD is not None:
+                return y_TD
+        plan = make_plan(expert_TK.int(), self.num_experts)
         if adapted is not None:
             self.check_takes_lora()
-            return adapted(*operands, **options)
+            return adapted(*operands, plan, **options)
         if self.config.experts_backend == "megablocks":
             return self._by_megablocks(x_TD, weight_TK, plan, residual_TD)
         if drops_out:
             return self._with_dropout(x_TD, weight_TK, plan, residual_TD)
-        return expert_ffn(*operands, **options, recompute=self.config.recompute_experts)
+        return expert_ffn(*operands, plan, **options, recompute=self.config.recompute_experts)
 
     def check_takes_lora(self) -> None:
         """A ValueError if the configuration asks for what an `expert_lora` does not compute."""

@@ -20,6 +20,7 @@ from moe_runtime_kernels import (
     grouped_gemm,
     make_plan,
 )
+from moe_runtime_kernels._cpu_one_token import one_token_ffn
 from torch import Tensor, nn
 from transformers import activations
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
@@ -89,20 +90,20 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         y_TD = packed_forward(self, x_TD, top_k_index, top_k_weights)
         if y_TD is not None:
             return y_TD.to(hidden_states.dtype)
-    plan = make_plan(top_k_index, self.down_proj.shape[0])
     if activation is None:
+        plan = make_plan(top_k_index, self.down_proj.shape[0])
         return _from_parts(self, x_TD, top_k_weights, plan).to(hidden_states.dtype)
     first, first_bias = first_product(self)
-    y_TD = (expert_ffn if adapter is None else adapter)(
-        x_TD,
-        first,
-        self.down_proj,
-        top_k_weights,
-        plan,
-        activation=activation,
-        gate_up_bias=first_bias,
-        down_bias=self.down_proj_bias if self.has_bias else None,
-    )
+    operands = (x_TD, first, self.down_proj, top_k_weights)
+    options: dict[str, Any] = {
+        "activation": activation,
+        "gate_up_bias": first_bias,
+        "down_bias": self.down_proj_bias if self.has_bias else None,
+    }
+    y_TD = one_token_ffn(*operands, top_k_index, **options) if adapter is None else None
+    if y_TD is None:
+        plan = make_plan(top_k_index, self.down_proj.shape[0])
+        y_TD = (expert_ffn if adapter is None else adapter)(*operands, plan, **options)
     return y_TD.to(hidden_states.dtype)
 
 
