@@ -232,6 +232,7 @@ def _trains(router: TopKRouter | TopKSoftRouter) -> bool:
 def _float32_logits(x_TD: Tensor, weight: Tensor) -> Tensor:
     """x · weightᵀ in at least float32: autocast is off, because bfloat16 logits would flip close choices."""
     dtype, device = torch.promote_types(x_TD.dtype, torch.float32), x_TD.device.type
-    has_autocast = torch.amp.is_autocast_available(device)  # the meta device has none, and asking raises
-    with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
+    # the meta device has none, and asking raises
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if casts else nullcontext():
         return F.linear(x_TD.to(dtype), weight.to(dtype))

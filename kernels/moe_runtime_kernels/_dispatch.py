@@ -35,6 +35,19 @@ def register_reference(name: str) -> Callable[[Callable[..., Any]], Callable[...
     return register
 
 
+def is_one_token(x_TD: Tensor) -> bool:
+    """Whether this is one token on a CPU, and neither compiled nor under autocast: then the call of an
+    operation through PyTorch's dispatcher costs about as much as what it does, and can be left out.
+    """
+    return (
+        x_TD.shape[0] == 1
+        and x_TD.is_cpu
+        and type(x_TD) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def cast_for_autocast(first: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
     """The operands of a matrix product, in autocast's dtype where autocast is on."""
     device = first.device.type

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ._checks import FLOATS, check_choice, check_device, check_dims, check_dtype, check_shape
-from ._dispatch import accumulator, register_kernel, register_reference
+from ._dispatch import accumulator, is_one_token, register_kernel, register_reference
 
 SCORES = ("softmax", "sigmoid")
 GATES = ("raw", "renorm", "straight_through")
@@ -109,7 +109,21 @@ def route_topk_reference(  # noqa: PLR0913 - the operation's own arguments, in i
     elif gate == "renorm" and score == "sigmoid":
         chosen_TK = chosen_TK / (chosen_TK.sum(1, keepdim=True) + TINY)
 
-    B, K, (T, E) = num_sequences, experts_per_token, logits_TE.shape
+    all_count = token_mask_T is None or bool(token_mask_T.all())
+    if all_count and logits_TE.shape[0] == 1:
+        statistics = _statistics_of_one(logits_TE, prob_TE, expert_TK)
+    else:
+        statistics = _statistics(
+            logits_TE, prob_TE, expert_TK, None if all_count else token_mask_T, num_sequences
+        )
+    return scale * chosen_TK, expert_TK.int(), *statistics
+
+
+def _statistics(
+    logits_TE: Tensor, prob_TE: Tensor, expert_TK: Tensor, token_mask_T: Tensor | None, num_sequences: int
+) -> tuple[Tensor, ...]:
+    """The counts and both losses."""
+    B, K, (T, E) = num_sequences, expert_TK.shape[1], logits_TE.shape
     square_T, slots_TK = logits_TE.logsumexp(1).square(), torch.ones_like(expert_TK, dtype=torch.int32)
     if token_mask_T is None:
         tokens_B1 = expert_TK.new_full((B, 1), T // B)
@@ -126,7 +140,16 @@ def route_topk_reference(  # noqa: PLR0913 - the operation's own arguments, in i
     prob_BE = prob_TE.view(B, T // B, E).sum(1) / tokens_B1.clamp(min=1)
     balance_loss = (_load(count_BE, prob_BE.dtype) * prob_BE).sum() / sequences
     counts = (count_BE.sum(0, dtype=torch.int32), count_BE, num_counted)
-    return scale * chosen_TK, expert_TK.int(), *counts, balance_loss, square_T.sum() / num_tokens
+    return *counts, balance_loss, square_T.sum() / num_tokens
+
+
+def _statistics_of_one(logits_1E: Tensor, prob_1E: Tensor, expert_1K: Tensor) -> tuple[Tensor, ...]:
+    """The same of one token that counts, to the bit: a step of decoding spends its time on calls."""
+    count_1E = torch.zeros_like(prob_1E, dtype=torch.int32).scatter_(1, expert_1K, 1)
+    load_1E = prob_1E.shape[1] * (count_1E.to(prob_1E.dtype) / expert_1K.shape[1])
+    num_counted = torch.tensor((1, 1), dtype=torch.int32, device=prob_1E.device)
+    z_loss = logits_1E.logsumexp(1).square().squeeze(0)
+    return count_1E[0].clone(), count_1E, num_counted, (load_1E * prob_1E).sum(), z_loss
 
 
 def router_scores(logits_TE: Tensor, score: str) -> tuple[Tensor, Tensor]:
@@ -336,7 +359,8 @@ def route_topk(  # noqa: PLR0913 - one router, described once; RouterConfig hold
     operands = (logits_TE.contiguous(), bias_E, token_mask_T)
     if torch.is_grad_enabled():
         return RouteTopK(*_RouteTopK.apply(*operands, *options))
-    weight_TK, expert_TK, count_E, _, _, balance_loss, z_loss = _route_topk(*operands, *options)
+    route = route_topk_reference if is_one_token(logits_TE) else _route_topk
+    weight_TK, expert_TK, count_E, _, _, balance_loss, z_loss = route(*operands, *options)
     return RouteTopK(weight_TK, expert_TK, count_E, balance_loss, z_loss)
 
 

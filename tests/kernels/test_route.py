@@ -108,6 +108,28 @@ def test_route_gradients_in_double_precision(T, E, K, options):
     torch.autograd.gradcheck(fn, logits.requires_grad_())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("E", "K"), [(1, 1), (8, 2), (61, 7), (512, 10)])
+def test_statistics_of_one_token_have_the_bits_of_those_of_many(E, K, dtype):
+    logits = normal(1, E, dtype=dtype).cpu()
+    prob, expert = logits.softmax(1), logits.topk(K).indices
+    actual = route._statistics_of_one(logits, prob, expert)
+    expected = route._statistics(logits, prob, expert, None, 1)
+    for one, many in zip(actual, expected, strict=True):
+        assert one.dtype == many.dtype
+        assert torch.equal(one, many)
+
+
+def test_a_mask_that_hides_nothing_changes_no_bit():
+    for T in (1, 6):
+        logits = normal(T, 8)
+        masked = route_topk(logits, 2, token_mask_T=torch.ones(T, dtype=torch.bool, device=DEVICE))
+        for value, expected in zip(masked, route_topk(logits, 2), strict=True):
+            assert torch.equal(value, expected)
+    hidden = route_topk(normal(1, 8), 2, token_mask_T=torch.zeros(1, dtype=torch.bool, device=DEVICE))
+    assert hidden.count_E.sum() == hidden.z_loss == hidden.balance_loss == 0
+
+
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_straight_through_is_one_forward_and_the_score_backward(score, scale):
