@@ -1,0 +1,98 @@
+"""expert_ffn of one token on the CPU, without a plan: a step of decoding.
+
+    y = residual + sum over k of weight[k] * FFN of expert[k] (x)
+
+Each choice is one row, so that nothing is sorted and nothing gathered: with few rows, what operations cost
+around the products is more than the products.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ._activations import ACTIVATIONS, activate
+from ._checks import FLOATS, INTEGERS
+from ._cpu import onednn_takes, product
+from ._cpu_experts import _few_rows_product
+from ._dispatch import accumulator, is_one_token
+
+
+def one_token_ffn(  # noqa: PLR0913 - the operands and options of expert_ffn
+    x_TD: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    *,
+    activation: str,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    residual_TD: Tensor | None = None,
+) -> Tensor | None:
+    """What `expert_ffn` returns with `make_plan(expert_TK, E)`, or None for calls of another kind.
+
+    It serves one token on a CPU without gradient, autocast and compilation, if all operands are plain tensors
+    with the shapes and dtypes of a layer. The bits are those of `expert_ffn` too, unless rows are not whole
+    multiples of 64 bytes, or float32 matrices so small that a batch of several is summed in another order.
+    """
+    operands = (x_TD, weight_TK, gate_up_EGD, down_EDF, gate_up_bias, down_bias, residual_TD)
+    if not is_one_token(x_TD) or activation not in ACTIVATIONS or not _is_layer(operands, expert_TK):
+        return None
+    E, D, F = down_EDF.shape
+    chosen, acc = expert_TK[0].tolist(), accumulator(x_TD.dtype)
+    kept = [e for e in chosen if 0 <= e < E]
+    x_KD = [x_TD.detach()] * len(kept)
+    y_KD = x_TD.new_zeros(len(chosen), D)  # of a choice that is dropped
+    if kept:
+        h_KG = _products(x_KD, gate_up_EGD, gate_up_bias, kept)
+        a_KF = activate(h_KG.to(acc), F, activation).to(x_TD.dtype)
+        rows_KD = _products(a_KF.split(1), down_EDF, down_bias, kept)
+        if len(kept) == len(chosen):
+            y_KD = rows_KD
+        else:
+            y_KD[[0 <= e < E for e in chosen]] = rows_KD
+    y_TD = torch.bmm(weight_TK[:, None].to(acc), y_KD.to(acc)[None])[:, 0]
+    if residual_TD is None:
+        return y_TD.to(x_TD.dtype)
+    return (y_TD + residual_TD.to(acc)).to(residual_TD.dtype)
+
+
+def _is_layer(operands: tuple[Tensor | None, ...], expert_TK: Tensor) -> bool:
+    """Whether these are a layer's, without gradients. If they do not fit, `expert_ffn` says what is wrong."""
+    given = [operand for operand in operands if operand is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return False
+    if any(type(t) not in (Tensor, nn.Parameter) or not t.is_cpu for t in (*given, expert_TK)):
+        return False
+    x, weight, gate_up, down, gate_up_bias, down_bias, residual = (
+        None if operand is None else operand.shape for operand in operands
+    )
+    if down is None or gate_up is None or len(down) != 3 or expert_TK.dim() != 2:
+        return False
+    (E, D, F), G, K = down, gate_up[1], expert_TK.shape[1]
+    return (
+        K > 0
+        and G in (F, 2 * F)
+        and (x, weight, gate_up, tuple(expert_TK.shape)) == ((1, D), (1, K), (E, G, D), (1, K))
+        and gate_up_bias in (None, (E, G))
+        and down_bias in (None, (E, D))
+        and residual in (None, (1, D))
+        and expert_TK.dtype in INTEGERS
+        and all(tensor.dtype in FLOATS for tensor in given)
+        and all(operand is None or operand.dtype == given[0].dtype for operand in operands[2:6])
+    )
+
+
+def _products(
+    x_KI: Sequence[Tensor], weight_EOI: Tensor, bias_EO: Tensor | None, experts: Sequence[int]
+) -> Tensor:
+    """Each row times the matrix of its expert, plus its bias [K, O]."""
+    is_few = weight_EOI.dtype == torch.float32 and weight_EOI.is_contiguous()
+    is_few = is_few and not onednn_takes(x_KI[0], weight_EOI[experts[0]])
+    parts = []
+    for x_1I, e in zip(x_KI, experts, strict=True):
+        expert = slice(e, e + 1) if is_few else e
+        bias = None if bias_EO is None else bias_EO[expert]
+        parts.append((_few_rows_product if is_few else product)(x_1I, weight_EOI[expert], bias))
+    return torch.cat(parts)
