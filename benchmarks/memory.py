@@ -41,6 +41,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixture, layers made again": ("experts", {"gradient_checkpointing": True}),
     "mixture, experts frozen": ("experts", {"freeze": "experts"}),
     "mixture, adapters": ("experts", {"lora": {"rank": 8}}),
+    "dense, bfloat16": ("dense", {"precision": "bfloat16"}),
+    "mixture, bfloat16": ("experts", {"precision": "bfloat16"}),
+    "mixture, adapters, bfloat16": ("experts", {"lora": {"rank": 8}, "precision": "bfloat16"}),
 }
 CHILD = """
 import json, sys

@@ -5,12 +5,17 @@ library for bfloat16, uses their AVX-512. docs/performance.md has the measured r
 entry in one chain where MKL sums blocks of it, and rounds more. So it serves only those who asked for faster
 and less precise float32 products by PyTorch's own switches: `torch.set_float32_matmul_precision("high")`, or
 `torch.backends.mkldnn.matmul.fp32_precision = "tf32"`.
+
+oneDNN compiles a kernel for every number of rows that a product has, 1 to 2 ms each, and keeps the last 1024
+of them, up to 2.4 MB each. A router sends an expert other numbers of rows in every batch, so where oneDNN
+multiplies, experts' rows are padded to one of few heights.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 
@@ -56,6 +61,21 @@ def onednn_is_asked_for(x: Tensor, weight_OI: Tensor) -> bool:
     )
 
 
+def onednn_multiplies(x: Tensor, weight_OI: Tensor) -> bool:
+    """Whether `product` of these operands is oneDNN's; the weight may be wider than bfloat16."""
+    if x.dtype == torch.bfloat16:
+        return x.device.type == "cpu" and onednn_has_bf16()
+    return onednn_takes(x, weight_OI)
+
+
+def padded_height(rows: int) -> int:
+    """The next of a few heights: up to 8 all, then multiples of 4, from 64 on sixteen per power of two."""
+    if rows <= 8:
+        return rows
+    step = max(4, (1 << rows.bit_length()) >> 5)
+    return -(-rows // step) * step
+
+
 def onednn_product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x [..., I] @ weight.T + bias, without autograd."""
     return torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
@@ -66,7 +86,26 @@ def product(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
     trains_bias = torch.is_grad_enabled() and bias_O is not None and bias_O.requires_grad
     if onednn_takes(x_MI, weight_OI) and not trains_bias:
         return onednn_product(x_MI, weight_OI, bias_O)
-    return torch.nn.functional.linear(x_MI, weight_OI, bias_O)
+    return functional.linear(x_MI, weight_OI, bias_O)
+
+
+def rows_product(x_NI: Tensor, rows: slice, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`product` of some of the rows, through oneDNN with as many more as make their number one of few."""
+    count = rows.stop - rows.start
+    if not onednn_multiplies(x_NI, weight_OI):
+        return product(x_NI[rows], weight_OI, bias_O)
+    height = padded_height(count)
+    x_MI = x_NI[rows.start : rows.start + height]  # the others' rows are not used
+    x_MI = functional.pad(x_MI, (0, 0, 0, height - x_MI.shape[0]))
+    return product(x_MI, weight_OI, bias_O)[:count]
+
+
+def few_heights(x_NI: Tensor, rows: slice) -> Tensor:
+    """The rows, and where oneDNN multiplies bfloat16 as many of zeros as make their number one of few."""
+    x_MI = x_NI[rows]
+    if x_NI.dtype != torch.bfloat16 or not onednn_multiplies(x_NI, x_NI):
+        return x_MI
+    return functional.pad(x_MI, (0, 0, 0, padded_height(x_MI.shape[0]) - x_MI.shape[0]))
 
 
 def weight_grad(grad_MO: Tensor, x_MI: Tensor) -> Tensor:

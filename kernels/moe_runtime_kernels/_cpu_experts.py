@@ -6,11 +6,7 @@ gather, both products and the activation, while its rows are in the processor's 
 A group is neighbouring experts with about as many rows, which in float32 are one batch of products: one
 parallel region, in which threads share out experts, instead of one for each expert, in which they share out
 its few rows. Each expert is padded to the rows of the largest of its group with copies of its last row, which
-nobody reads. In other dtypes each expert is a group.
-
-oneDNN compiles a kernel for every number of rows that it meets, 1 to 2 ms each, and keeps the last 1024. A
-router sends an expert other numbers in every batch, so where oneDNN multiplies, rows are padded to one of
-sixteen heights per power of two.
+nobody reads. In other dtypes each expert is a group, padded where oneDNN multiplies.
 
 Weights may be wider than the rows, as under autocast. An expert's are then rounded where they are multiplied,
 into memory that the next expert's take, and their gradients are widened as they are written: the bits of
@@ -26,7 +22,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ._activations import activate, activate_backward
-from ._cpu import onednn_has_bf16, onednn_takes, product
+from ._cpu import onednn_multiplies, onednn_takes, padded_height, product
 from ._dispatch import accumulator
 from .combine import combine_blocks
 
@@ -69,14 +65,6 @@ def make_groups(ends: Sequence[int], most_experts: int, few_heights: bool) -> li
     return groups
 
 
-def padded_height(rows: int) -> int:
-    """The next of a few heights: up to 8 all, then multiples of 4, from 64 on sixteen per power of two."""
-    if rows <= 8:
-        return rows
-    step = max(4, (1 << rows.bit_length()) >> 5)
-    return -(-rows // step) * step
-
-
 class Blocks(NamedTuple):
     """A plan in groups. Where nothing is padded, `row_R` and `place_N` are None: both would count up."""
 
@@ -106,7 +94,7 @@ class Blocks(NamedTuple):
 
 def make_blocks(x_TD: Tensor, weight_EOI: Tensor, offset_E: Tensor) -> Blocks:
     ends = offset_E.tolist()
-    through_onednn = onednn_multiplies(x_TD, weight_EOI)
+    through_onednn = onednn_multiplies(x_TD, weight_EOI[0])
     batches_pay = x_TD.dtype == torch.float32 and not through_onednn
     groups = make_groups(ends, MOST_EXPERTS if batches_pay else 1, through_onednn)
     if not groups or groups[-1].padded.stop == ends[-1]:
@@ -141,13 +129,6 @@ class Scratch:
         if weight_nOI.stride(2) != 1:
             return self.rounded(weight_nOI.transpose(1, 2)).transpose(1, 2)
         return self.like(weight_nOI).copy_(weight_nOI)
-
-
-def onednn_multiplies(x_TD: Tensor, weight_EOI: Tensor) -> bool:
-    """Whether oneDNN has the products, so that another number of rows costs the compilation of a kernel."""
-    if x_TD.dtype == torch.bfloat16:
-        return onednn_has_bf16()
-    return onednn_takes(x_TD, weight_EOI[0])
 
 
 def products(

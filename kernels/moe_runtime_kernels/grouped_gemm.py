@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ._checks import FLOATS, check_apart, check_device, check_dims, check_dtype, check_same, check_shape
-from ._cpu import product
+from ._cpu import few_heights, rows_product
 from ._dispatch import accumulator, cast_for_autocast, register_kernel, register_reference
 from .permute import gather_rows_reference, scatter_rows_op
 from .plan import RoutingPlan, check_plan
@@ -125,7 +125,7 @@ def grouped_gemm_reference(
     parts = []
     used = 0
     for e, rows in expert_slices(offset_E):
-        parts.append(product(x_NI[rows], matrices[e], None if biases is None else biases[e]))
+        parts.append(rows_product(x_NI, rows, matrices[e], None if biases is None else biases[e]))
         used = rows.stop
     parts.append(x_NI.new_zeros(x_NI.shape[0] - used, weight_EOI.shape[1]))
     return torch.cat(parts)
@@ -146,7 +146,8 @@ def weight_grad_reference(grad_NO: Tensor, x_NI: Tensor, offset_E: Tensor) -> Te
     E, O, I = offset_E.shape[0], grad_NO.shape[1], x_NI.shape[1]
     dweight_EOI = torch.zeros(E, O, I, dtype=x_NI.dtype, device=x_NI.device)
     for e, rows in expert_slices(offset_E):
-        torch.mm(grad_NO[rows].t(), x_NI[rows], out=dweight_EOI[e])
+        grad_MO, x_MI = few_heights(grad_NO, rows), few_heights(x_NI, rows)
+        torch.mm(grad_MO.t(), x_MI, out=dweight_EOI[e])
     return dweight_EOI
 
 

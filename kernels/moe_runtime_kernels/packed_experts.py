@@ -24,8 +24,7 @@ from ._checks import (
     check_same,
     check_shape,
 )
-from ._cpu import onednn_has_bf16
-from ._cpu_experts import padded_height
+from ._cpu import onednn_has_bf16, padded_height
 from .combine import combine_blocks
 
 # oneDNN's names: kind, scalars, algorithm. relu2 squares what relu leaves.

@@ -6,12 +6,8 @@
 from typing import Any
 
 import torch
-from moe_runtime_kernels._cpu_experts import (
-    MOST_HIDDEN,
-    MOST_HIDDEN_BACKWARD,
-    onednn_multiplies,
-    padded_height,
-)
+from moe_runtime_kernels._cpu import onednn_multiplies, padded_height
+from moe_runtime_kernels._cpu_experts import MOST_HIDDEN, MOST_HIDDEN_BACKWARD
 from moe_runtime_kernels._dispatch import accumulator
 from torch import Tensor
 
@@ -64,7 +60,7 @@ def _rounded(x: Tensor, gate_up: Tensor) -> int:
 def _padded(x: Tensor, gate_up: Tensor, N: int) -> int:
     """Rows with the copies that fill each expert's up, with as many rows for every expert."""
     E = gate_up.shape[0]
-    return E * padded_height(-(-N // E)) if onednn_multiplies(x, gate_up) else N
+    return E * padded_height(-(-N // E)) if onednn_multiplies(x, gate_up[0]) else N
 
 
 def _rows_at_once(N: int, E: int, most: int) -> int:

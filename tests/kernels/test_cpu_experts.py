@@ -6,7 +6,8 @@ from close import assert_close_to_exact
 from expert_layers import NAMES, layer, make_inputs
 from inputs import PATTERNS, Routing, choose, run
 from moe_runtime_kernels import _cpu, _cpu_experts, make_plan
-from moe_runtime_kernels._cpu_experts import MOST_EXPERTS, chunks, make_blocks, make_groups, padded_height
+from moe_runtime_kernels._cpu import padded_height
+from moe_runtime_kernels._cpu_experts import MOST_EXPERTS, chunks, make_blocks, make_groups
 from moe_runtime_kernels.combine import TOKENS, combine_blocks, combine_reference
 from moe_runtime_kernels.expert_ffn import expert_ffn_backward_reference, expert_ffn_reference
 
@@ -140,7 +141,7 @@ def test_heights_are_few_and_little_above_the_rows():
 
 @pytest.mark.parametrize(("dtype", "few"), [(torch.bfloat16, True), (torch.float32, False)])
 def test_experts_have_few_heights_where_onednn_multiplies(dtype, few, monkeypatch):
-    monkeypatch.setattr(_cpu_experts, "onednn_has_bf16", lambda: True)
+    monkeypatch.setattr(_cpu, "onednn_has_bf16", lambda: True)
     ends = torch.tensor([50, 50, 183, 183 + 341], dtype=torch.int32)
     blocks = make_blocks(torch.empty(600, 4, dtype=dtype), torch.empty(4, 4, 4, dtype=dtype), ends)
     assert [group.height for group in blocks.groups] == ([52, 136, 352] if few else [50, 133, 341])
