@@ -12,7 +12,7 @@ from moe_runtime.norms import make_norm
 
 class BlockOutput(NamedTuple):
     """The residual stream, and what a Mixture of Experts adds to it: None in a block with a dense
-    feed-forward.
+    feed-forward, or without statistics.
 
     The losses are returned, never kept on a module, so that they survive gradient checkpointing.
     """
@@ -61,9 +61,12 @@ class Block(nn.Module):
         x_BLD: Tensor,
         rotary: Rotary | None = None,
         token_mask_BL: Tensor | None = None,
+        statistics: bool = True,
         **attend_arguments: Any,
     ) -> BlockOutput:
-        """One layer. `token_mask_BL` is False for padding, which counts in no auxiliary loss or statistic."""
+        """One layer. `token_mask_BL` is False for padding, which counts in no auxiliary loss or statistic;
+        without `statistics` there are none.
+        """
         config = self.block_config
         before = config.norm_placement == "before"
         n_BLD = x_BLD if self.input_layernorm is None else self.input_layernorm(x_BLD)
@@ -78,13 +81,13 @@ class Block(nn.Module):
         adds = before and config.residual_multiplier == 1.0
         into_BLD = residual_BLD if adds else None
         if isinstance(self.mlp, DenseFeedForward):
-            y_BLD, statistics = self.mlp(n_BLD, into_BLD), (None, None, None)
+            y_BLD, counted = self.mlp(n_BLD, into_BLD), (None, None, None)
         else:
-            y_BLD, routing = self.mlp(n_BLD, into_BLD, token_mask_BL)
-            statistics = (routing.balance_loss, routing.z_loss, routing.count_E)
+            y_BLD, routing = self.mlp(n_BLD, into_BLD, token_mask_BL, statistics=statistics)
+            counted = (routing.balance_loss, routing.z_loss, routing.count_E)
         if not adds:
             y_BLD = residual_BLD + self._added(y_BLD, self.post_feedforward_layernorm)
-        return BlockOutput(y_BLD, *statistics)
+        return BlockOutput(y_BLD, *counted)
 
     def _added(self, y_BLD: Tensor, norm: nn.Module | None) -> Tensor:
         """What a branch adds to the residual stream."""

@@ -57,7 +57,11 @@ class MoEFeedForward(nn.Module):
                 self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, token_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        statistics: bool = True,
     ) -> tuple[Tensor, Routing]:
         """x [..., D] -> y [..., D], plus the residual if one is given, and what the router decided.
 
@@ -66,6 +70,8 @@ class MoEFeedForward(nn.Module):
             residual: same shape as x.
             token_mask: bool, the leading axes of x, False for padding: such a token counts in no loss or
                 statistic.
+            statistics: whether a TopKRouter is asked for its losses and counts, which cost a decoded token
+                more than its choice.
         """
         if self.shared_expert is not None:
             shared = self.shared_expert(x)
@@ -74,7 +80,9 @@ class MoEFeedForward(nn.Module):
             residual = shared if residual is None else residual + shared
         x_TD = x.flatten(0, -2)
         residual_TD = None if residual is None else residual.flatten(0, -2)
-        routing = self.router(x_TD, None if token_mask is None else token_mask.flatten(), *self._sequences(x))
+        mask_T = None if token_mask is None else token_mask.flatten()
+        options = {} if statistics or not isinstance(self.router, TopKRouter) else {"statistics": False}
+        routing = self.router(x_TD, mask_T, *self._sequences(x), **options)
         # by position: a module that replaces `experts` and knows no residual must fail, not lose it
         inputs = (x_TD, routing.expert_TK, routing.weight_TK)
         y_TD = self.experts(*inputs) if residual_TD is None else self.experts(*inputs, residual_TD)

@@ -16,14 +16,17 @@ INITIAL_STD = 0.02  # never zero: equal scores would send every token to the sam
 
 
 class Routing(NamedTuple):
-    """What a router decided. Float tensors are float32 (float64 for float64 input), integers int32."""
+    """What a router decided. Float tensors are float32 (float64 for float64 input), integers int32.
+
+    The last three are None where no statistics were asked for.
+    """
 
     logits_TE: Tensor
     weight_TK: Tensor  # gate of each chosen expert
     expert_TK: Tensor  # the K chosen experts, ties to the lowest index
-    count_E: Tensor  # tokens that chose each expert, padding not counted
-    balance_loss: Tensor  # scalar, 1 when balanced
-    z_loss: Tensor  # scalar
+    count_E: Tensor | None  # tokens that chose each expert, padding not counted
+    balance_loss: Tensor | None  # scalar, 1 when balanced
+    z_loss: Tensor | None  # scalar
 
 
 class TopKRouter(nn.Module):
@@ -47,7 +50,13 @@ class TopKRouter(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=INITIAL_STD)
 
-    def forward(self, x_TD: Tensor, token_mask_T: Tensor | None = None, num_sequences: int = 1) -> Routing:
+    def forward(
+        self,
+        x_TD: Tensor,
+        token_mask_T: Tensor | None = None,
+        num_sequences: int = 1,
+        statistics: bool = True,
+    ) -> Routing:
         """Route tokens; those whose `token_mask_T` is False are routed too, but count in no statistic and no
         loss. `num_sequences` divides T and is used where `balance_over` is "sequence".
 
@@ -76,6 +85,7 @@ class TopKRouter(nn.Module):
             group_score=config.group_score,
             token_mask_T=token_mask_T,
             num_sequences=num_sequences if config.balance_over == "sequence" else 1,
+            statistics=statistics,
         )
         return Routing(logits_TE, *chosen)
 
@@ -218,7 +228,8 @@ class TopKSoftRouter(nn.Module):
                 "never reaches the router"
             )
         logits_TA = _float32_logits(x_TD, self.weight)
-        chosen = route_topk(logits_TA, self.top_k, gate="renorm" if self.renormalise else "raw")
+        gate = "renorm" if self.renormalise else "raw"
+        chosen = route_topk(logits_TA, self.top_k, gate=gate, statistics=False)
         return chosen.weight_TK, chosen.expert_TK
 
     def extra_repr(self) -> str:

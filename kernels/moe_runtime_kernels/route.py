@@ -34,13 +34,13 @@ KEYS_AT_A_TIME = 2**17  # 1 MiB, which stays in the cache
 
 
 class RouteTopK(NamedTuple):
-    """The result of `route_topk`. Ids and counts are int32, the losses scalars."""
+    """The result of `route_topk`. Ids and counts are int32, the losses scalars; None without statistics."""
 
     weight_TK: Tensor
     expert_TK: Tensor
-    count_E: Tensor
-    balance_loss: Tensor
-    z_loss: Tensor
+    count_E: Tensor | None
+    balance_loss: Tensor | None
+    z_loss: Tensor | None
 
 
 # --- contract: schema and output shapes, known before any graph is captured -------------
@@ -94,7 +94,31 @@ def route_topk_reference(  # noqa: PLR0913 - the operation's own arguments, in i
     num_sequences: int,
 ) -> tuple[Tensor, ...]:
     """B is num_sequences. `num_counted`: the tokens that count, and the sequences that have any."""
+    options = (experts_per_token, score, gate, scale, num_groups, groups_kept, group_score)
     logits_TE = logits_TE.to(accumulator(logits_TE.dtype))
+    weight_TK, expert_TK, prob_TE = _choose(logits_TE, bias_E, *options)
+    all_count = token_mask_T is None or bool(token_mask_T.all())
+    if all_count and logits_TE.shape[0] == 1:
+        statistics = _statistics_of_one(logits_TE, prob_TE, expert_TK)
+    else:
+        statistics = _statistics(
+            logits_TE, prob_TE, expert_TK, None if all_count else token_mask_T, num_sequences
+        )
+    return weight_TK, expert_TK.int(), *statistics
+
+
+def _choose(  # noqa: PLR0913 - the operation's own arguments
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    experts_per_token: int,
+    score: str,
+    gate: str,
+    scale: float,
+    num_groups: int,
+    groups_kept: int,
+    group_score: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """weight_TK, expert_TK and p of wide logits."""
     score_TE, prob_TE = router_scores(logits_TE, score)
     choice_TE = score_TE.detach() if bias_E is None else score_TE.detach() + bias_E.to(score_TE.dtype)
     choice_TE = _keep_groups(choice_TE, num_groups, groups_kept, group_score)
@@ -108,15 +132,7 @@ def route_topk_reference(  # noqa: PLR0913 - the operation's own arguments, in i
         chosen_TK = 1 + (chosen_TK - chosen_TK.detach())
     elif gate == "renorm" and score == "sigmoid":
         chosen_TK = chosen_TK / (chosen_TK.sum(1, keepdim=True) + TINY)
-
-    all_count = token_mask_T is None or bool(token_mask_T.all())
-    if all_count and logits_TE.shape[0] == 1:
-        statistics = _statistics_of_one(logits_TE, prob_TE, expert_TK)
-    else:
-        statistics = _statistics(
-            logits_TE, prob_TE, expert_TK, None if all_count else token_mask_T, num_sequences
-        )
-    return scale * chosen_TK, expert_TK.int(), *statistics
+    return scale * chosen_TK, expert_TK, prob_TE
 
 
 def _statistics(
@@ -307,6 +323,7 @@ def route_topk(  # noqa: PLR0913 - one router, described once; RouterConfig hold
     token_mask_T: Tensor | None = None,
     num_sequences: int = 1,
     check_finite: bool = False,
+    statistics: bool = True,
 ) -> RouteTopK:
     """Choose K experts for each token and compute gates, loads and both auxiliary losses.
 
@@ -325,6 +342,8 @@ def route_topk(  # noqa: PLR0913 - one router, described once; RouterConfig hold
             that of each sequence with tokens that count.
         check_finite: for debugging: raise if a token that counts has a logit that is not finite. It waits
             for the device.
+        statistics: whether to return count_E and both losses; without, they are None. That saves one token on
+            a CPU, without gradients, most of the time.
 
     Returns:
         RouteTopK: weight_TK and the two losses float32 (float64 for float64 logits), expert_TK and count_E
@@ -357,11 +376,18 @@ def route_topk(  # noqa: PLR0913 - one router, described once; RouterConfig hold
     choice = (num_groups, groups_kept, group_score)
     options = (experts_per_token, score, gate, float(scale), *choice, num_sequences)
     operands = (logits_TE.contiguous(), bias_E, token_mask_T)
+    chosen: tuple[Tensor, ...]
     if torch.is_grad_enabled():
-        return RouteTopK(*_RouteTopK.apply(*operands, *options))
-    route = route_topk_reference if is_one_token(logits_TE) else _route_topk
-    weight_TK, expert_TK, count_E, _, _, balance_loss, z_loss = route(*operands, *options)
-    return RouteTopK(weight_TK, expert_TK, count_E, balance_loss, z_loss)
+        chosen = _RouteTopK.apply(*operands, *options)
+    elif is_one_token(logits_TE) and not statistics:
+        wide_TE = operands[0].to(accumulator(logits_TE.dtype))
+        weight_TK, expert_TK, _ = _choose(wide_TE, bias_E, *options[:-1])
+        chosen = (weight_TK, expert_TK.int())
+    else:
+        route = route_topk_reference if is_one_token(logits_TE) else _route_topk
+        weight_TK, expert_TK, count_E, _, _, *losses = route(*operands, *options)
+        chosen = (weight_TK, expert_TK, count_E, *losses)
+    return RouteTopK(*chosen) if statistics else RouteTopK(*chosen[:2], None, None, None)
 
 
 def _check_logits(logits_TE: Tensor, experts_per_token: int, score: str, gate: str) -> tuple[int, int]:

@@ -274,6 +274,7 @@ class FusedRouter:
             num_groups=groups[0],
             groups_kept=groups[1],
             group_score=family.group_score,
+            statistics=False,
         )
         dtypes = {"float32": torch.float32, "logits": logits_TE.dtype, "input": hidden_states.dtype}
         return logits_TE, route.weight_TK.to(dtypes[family.gates_in]), route.expert_TK.long()

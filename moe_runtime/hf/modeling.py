@@ -59,7 +59,8 @@ class MoeRuntimeModelOutput(ModelOutput):
     """`aux_loss` and `z_loss` are sums over the MoE layers, `expert_count` [MoE layers, E] int32; padding
     excluded.
 
-    The three are None in a model without experts.
+    The three are None in a model without experts, and where tokens go on from `past_key_values` without
+    gradients: a step of decoding, which `generate` makes, would spend more time on them than on the choice.
     """
 
     last_hidden_state: Tensor | None = None
@@ -293,6 +294,7 @@ class MoeRuntimeModel(MoeRuntimePreTrainedModel):
         # Before a cache is made and positions are filled in: positions that are given, and no cache, are what
         # transformers finds packed documents by, which waits for the device.
         mask_by_type = self._masks(attention_mask, inputs_embeds, past_key_values, position_ids)
+        statistics = past_key_values is None or torch.is_grad_enabled()
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -314,6 +316,7 @@ class MoeRuntimeModel(MoeRuntimePreTrainedModel):
                 x_BLD,
                 rotary_by_type[kind] if has_rotary else None,
                 token_mask_BL,
+                statistics,
                 attention_mask=mask_by_type[kind],
                 position_ids=position_ids,
                 past_key_values=past_key_values,

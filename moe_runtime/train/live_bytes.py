@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from moe_runtime.train.kernels import Kernels
 from moe_runtime.train.workspace import workspace
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, `current` bytes are alive, and `peak` is the most that were.
+    """Inside, `current` bytes are alive, and `peak` is the most that were; `kernels` has seen all products.
 
     What was there before is not counted once `ignore` has seen it.
     """
@@ -25,11 +26,13 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.current = self.peak = 0.0
+        self.kernels = Kernels()
         self._size: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of the storages that count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         inside = workspace(func, args)
+        self.kernels.see(func, args)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._count(leaf)

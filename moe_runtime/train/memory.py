@@ -22,6 +22,7 @@ from moe_runtime.experts import Experts
 from moe_runtime.hf.accelerate import is_experts
 from moe_runtime.hf.loading import json_object
 from moe_runtime.train.data.load import check_max_length
+from moe_runtime.train.kernels import BYTES as KERNEL_BYTES
 from moe_runtime.train.live_bytes import LiveBytes
 from moe_runtime.train.model import set_up_model
 from moe_runtime.train.optimizer_bytes import optimizer_bytes
@@ -32,8 +33,8 @@ from moe_runtime.train.recipe import TrainRecipe
 class MemoryPlan:
     """Bytes on one device, and numbers of parameters of the whole model.
 
-    `peak` is weights + optimizer + `step_peak`, the most that gradients, activations and temporary tensors
-    take together; they are largest at different moments.
+    `peak` is weights + optimizer + gathered + kernels + `step_peak`, the most that gradients, activations and
+    temporary tensors take together; they are largest at different moments.
     """
 
     processes: int
@@ -47,6 +48,7 @@ class MemoryPlan:
     loss: int  # of the activations, gradients that the loss has made; 0 where it makes logits
     logits: int  # what the logits of all tokens would take in float32
     gathered: int  # whole weights and gradients of the largest layers, with fsdp
+    kernels: int  # that oneDNN compiles and keeps, about; 0 for float32 and on a GPU
     step_peak: int
     peak: int
 
@@ -85,7 +87,7 @@ def plan_memory(recipe: TrainRecipe, processes: int = 1) -> MemoryPlan:
         recipe.train.optimizer,
         ((id(p) in embeddings, _local_shape(p, shares[name])) for name, p in trained.items()),
     )
-    gathered = _gathered(model, recipe, processes)
+    gathered, kernels = _gathered(model, recipe, processes), live.kernels.number * KERNEL_BYTES
     return MemoryPlan(
         processes=processes,
         tokens=recipe.train.batch_size * recipe.data.max_length,
@@ -95,8 +97,9 @@ def plan_memory(recipe: TrainRecipe, processes: int = 1) -> MemoryPlan:
         optimizer=states,
         gradients=sum(_local_bytes(p, shares[name]) for name, p in trained.items()),
         gathered=gathered,
+        kernels=kernels,
         step_peak=round(live.peak),
-        peak=weights + states + gathered + round(live.peak),
+        peak=weights + states + gathered + kernels + round(live.peak),
         **seen[-1],
     )
 

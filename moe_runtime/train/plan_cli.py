@@ -53,6 +53,7 @@ ROWS = {
     "weights": "all parameters of this process",
     "optimizer": "states of the optimizer",
     "gathered": "weights of others that are here for a time",
+    "kernels": "that oneDNN compiles for bfloat16 on a CPU, and keeps",
     "step_peak": "gradients, activations and temporary tensors where they are largest together",
     "peak": "all of the above",
     "gradients": "of the step's peak: gradients at the end of backward",

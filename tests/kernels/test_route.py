@@ -120,6 +120,25 @@ def test_statistics_of_one_token_have_the_bits_of_those_of_many(E, K, dtype):
         assert torch.equal(one, many)
 
 
+@pytest.mark.parametrize("T", [0, 1, 5])
+@pytest.mark.parametrize("options", [{}, {"score": "sigmoid", "gate": "raw", "scale": 2.5, "biased": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_choice_is_the_same_without_statistics(T, options, dtype):
+    logits, options = make_case(T, 8, 3, options, dtype)
+    for trains in (True, False):
+        leaf = logits.clone().requires_grad_(trains)
+        with torch.set_grad_enabled(trains):
+            expected, actual = (route_topk(leaf, 3, **options, statistics=wanted) for wanted in (True, False))
+        assert actual[2:] == (None, None, None)
+        for one, other in zip(actual[:2], expected[:2], strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
+        if trains:
+            grad = torch.ones_like(actual.weight_TK)
+            gradients = [torch.autograd.grad(r.weight_TK, leaf, grad)[0] for r in (actual, expected)]
+            assert torch.equal(*gradients)
+
+
 def test_a_mask_that_hides_nothing_changes_no_bit():
     for T in (1, 6):
         logits = normal(T, 8)

@@ -248,6 +248,17 @@ def test_cache_bytes_per_token_and_layer(kind, kv_heads):
     assert len(cache.layers) == DENSE["num_hidden_layers"]
 
 
+def test_a_step_that_goes_on_from_a_cache_has_statistics_only_with_gradients():
+    model, ids = tiny_model(), tokens(1, 6)
+    for trains in (True, False):
+        with torch.set_grad_enabled(trains):
+            first = model(ids[:, :5], use_cache=True)
+            step = model(ids[:, 5:], past_key_values=first.past_key_values)
+        for name in ("aux_loss", "z_loss", "expert_count"):
+            assert getattr(first, name) is not None
+            assert (getattr(step, name) is not None) == trains
+
+
 def test_padding_before_a_cached_step_is_not_taken_for_the_step():
     model, ids = tiny_model(), tokens(1, 6)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
