@@ -40,8 +40,10 @@ def test_the_table_has_the_arguments(name, made_with, called_with):
     ]
     _, *arguments = inspect.signature(layer.forward).parameters.values()
     written = [re.sub(r" \[.*\]$", "", word) for word in re.split(r", (?![^\[]*\])", called_with)]
-    assert [word.removesuffix("=None").lstrip("*") for word in written] == [
-        re.sub(r"^x_\w+$", "x", parameter.name) for parameter in arguments
+    assert [word.lstrip("*") for word in written] == [
+        re.sub(r"^x_\w+$", "x", parameter.name)
+        + ("" if parameter.default is parameter.empty else f"={parameter.default}")
+        for parameter in arguments
     ]
 
 
