@@ -40,7 +40,7 @@ def bench_experts_cpu(compare, tiny, shape, direction, tokens, dtype):
         return (y_TD.detach(), *(torch.autograd.grad(y_TD, leaves, grad_TD) if backward else ()))
 
     # eager's backward writes a gradient of all experts for each of them: minutes
-    names = ("grouped_mm",) if backward else ("eager", "grouped_mm")
+    names = ("moe_runtime", "grouped_mm") if backward else ("moe_runtime", "eager", "grouped_mm")
     peers = {name: transformers_experts(name, expert_TK, E) for name in names}
     fns = {"moe_runtime": lambda *i: expert_ffn(*i, make_plan(expert_TK, E))}
     fns |= {f"transformers_{name}": fn for name, fn in peers.items()}

@@ -153,7 +153,7 @@ def section(content: dict[str, Any], path: Path, root: Path) -> list[str]:
         "`moe-runtime plan` beside the peak of the run's process, less what it held before anything was "
         f"loaded. {case['model']}, dense and as a mixture of {EXPERTS} copies of its feed-forward, "
         f"{TOP_K} per token; {case['steps']} steps of {case['rows']} rows of {case['length']} tokens, "
-        f"float32, fused AdamW. Within a tenth: {held} of {len(rows)}."
+        f"float32 unless its name says bfloat16, fused AdamW. Within a tenth: {held} of {len(rows)}."
     )
     title = "## Memory of training beside its plan"
     return [title, explained, _table(header, lines), _origin(content, path, root)]

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import moe_runtime
+
 Router = Callable[[Tensor], tuple[Tensor, Tensor]]
 # x, gate_up_proj, down_proj, weight_TK -> y, for one routing
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -236,22 +238,27 @@ COPIED_WEIGHTS = {"cuda": 2**34, "cpu": 2**28}  # bytes that `batched_mm` may co
 
 
 def transformers_experts(implementation: str, expert_TK: Tensor, num_experts: int) -> Experts:
-    """Qwen3-MoE's expert layer of transformers, with "eager", "grouped_mm" or "batched_mm"."""
+    """Qwen3-MoE's expert layer of transformers, with "eager", "grouped_mm", "batched_mm" or "moe_runtime"."""
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-    def apply_gate(gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+    if implementation == "moe_runtime":
+        moe_runtime.register()
+
+    class Layer:
+        """What the forward of such a module reads."""
+
+        _apply_gate = Qwen3MoeExperts._apply_gate
+
+        def __init__(self, **attributes: Any) -> None:
+            self.__dict__.update(attributes)
 
     def experts(x_TD: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weight_TK: Tensor) -> Tensor:
-        # the forward of a module reads these and nothing else of it
-        module = SimpleNamespace(
+        module = Layer(
             config=SimpleNamespace(_experts_implementation=implementation),
             num_experts=num_experts,
             gate_up_proj=gate_up_proj,
             down_proj=down_proj,
             act_fn=F.silu,
-            _apply_gate=apply_gate,
             has_gate=True,
             has_bias=False,
             has_post_expert_norm=False,
