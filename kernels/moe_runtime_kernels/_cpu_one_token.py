@@ -15,7 +15,7 @@ from ._activations import ACTIVATIONS, activate
 from ._checks import FLOATS, INTEGERS
 from ._cpu import onednn_takes, product
 from ._cpu_experts import _few_rows_product
-from ._dispatch import accumulator, is_one_token
+from ._dispatch import accumulator, is_plain
 
 
 def one_token_ffn(  # noqa: PLR0913 - the operands and options of expert_ffn
@@ -37,7 +37,12 @@ def one_token_ffn(  # noqa: PLR0913 - the operands and options of expert_ffn
     multiples of 64 bytes, or float32 matrices so small that a batch of several is summed in another order.
     """
     operands = (x_TD, weight_TK, gate_up_EGD, down_EDF, gate_up_bias, down_bias, residual_TD)
-    if not is_one_token(x_TD) or activation not in ACTIVATIONS or not _is_layer(operands, expert_TK):
+    if (
+        x_TD.shape[0] != 1
+        or not is_plain(x_TD)
+        or activation not in ACTIVATIONS
+        or not _is_layer(operands, expert_TK)
+    ):
         return None
     E, D, F = down_EDF.shape
     chosen, acc = expert_TK[0].tolist(), accumulator(x_TD.dtype)

@@ -35,13 +35,12 @@ def register_reference(name: str) -> Callable[[Callable[..., Any]], Callable[...
     return register
 
 
-def is_one_token(x_TD: Tensor) -> bool:
-    """Whether this is one token on a CPU, and neither compiled nor under autocast: then the call of an
-    operation through PyTorch's dispatcher costs about as much as what it does, and can be left out.
+def is_plain(x_TD: Tensor) -> bool:
+    """Whether these are tokens on a CPU, neither compiled nor under autocast: then a reference without
+    gradients can be called as it is. For one token PyTorch's dispatcher costs about as much as what it calls.
     """
     return (
-        x_TD.shape[0] == 1
-        and x_TD.is_cpu
+        x_TD.is_cpu
         and type(x_TD) is Tensor
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")

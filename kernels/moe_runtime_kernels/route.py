@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ._checks import FLOATS, check_choice, check_device, check_dims, check_dtype, check_shape
-from ._dispatch import accumulator, is_one_token, register_kernel, register_reference
+from ._dispatch import accumulator, is_plain, register_kernel, register_reference
 
 SCORES = ("softmax", "sigmoid")
 GATES = ("raw", "renorm", "straight_through")
@@ -342,8 +342,8 @@ def route_topk(  # noqa: PLR0913 - one router, described once; RouterConfig hold
             that of each sequence with tokens that count.
         check_finite: for debugging: raise if a token that counts has a logit that is not finite. It waits
             for the device.
-        statistics: whether to return count_E and both losses; without, they are None. That saves one token on
-            a CPU, without gradients, most of the time.
+        statistics: whether to return count_E and both losses; without, they are None. On a CPU, where no
+            gradients are asked for, that saves most of the time of one token, and some of that of many.
 
     Returns:
         RouteTopK: weight_TK and the two losses float32 (float64 for float64 logits), expert_TK and count_E
@@ -379,12 +379,12 @@ def route_topk(  # noqa: PLR0913 - one router, described once; RouterConfig hold
     chosen: tuple[Tensor, ...]
     if torch.is_grad_enabled():
         chosen = _RouteTopK.apply(*operands, *options)
-    elif is_one_token(logits_TE) and not statistics:
+    elif not statistics and is_plain(logits_TE):
         wide_TE = operands[0].to(accumulator(logits_TE.dtype))
         weight_TK, expert_TK, _ = _choose(wide_TE, bias_E, *options[:-1])
         chosen = (weight_TK, expert_TK.int())
     else:
-        route = route_topk_reference if is_one_token(logits_TE) else _route_topk
+        route = route_topk_reference if is_plain(logits_TE) and T == 1 else _route_topk
         weight_TK, expert_TK, count_E, _, _, *losses = route(*operands, *options)
         chosen = (weight_TK, expert_TK, count_E, *losses)
     return RouteTopK(*chosen) if statistics else RouteTopK(*chosen[:2], None, None, None)
