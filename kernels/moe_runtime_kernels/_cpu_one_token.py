@@ -37,12 +37,8 @@ def one_token_ffn(  # noqa: PLR0913 - the operands and options of expert_ffn
     multiples of 64 bytes, or float32 matrices so small that a batch of several is summed in another order.
     """
     operands = (x_TD, weight_TK, gate_up_EGD, down_EDF, gate_up_bias, down_bias, residual_TD)
-    if (
-        x_TD.shape[0] != 1
-        or not is_plain(x_TD)
-        or activation not in ACTIVATIONS
-        or not _is_layer(operands, expert_TK)
-    ):
+    is_one = is_plain(x_TD) and x_TD.shape[0] == 1
+    if not is_one or activation not in ACTIVATIONS or not _is_layer(operands, expert_TK):
         return None
     E, D, F = down_EDF.shape
     chosen, acc = expert_TK[0].tolist(), accumulator(x_TD.dtype)
