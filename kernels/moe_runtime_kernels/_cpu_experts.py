@@ -183,7 +183,7 @@ def experts_product(x_RI: Tensor, weight_nOI: Tensor, bias_nO: Tensor | None, ou
     through_onednn = onednn_takes(x_RI, weight_nOI[0])
     few = x_RI.shape[0] <= FEW_ROWS * n and x_RI.dtype == torch.float32 and weight_nOI.is_contiguous()
     if few and not through_onednn:
-        out_RO.copy_(_few_rows_product(x_RI, weight_nOI, bias_nO))
+        out_RO.copy_(few_rows_product(x_RI, weight_nOI, bias_nO))
     elif n == 1 and (through_onednn or bias_nO is not None):
         out_RO.copy_(product(x_RI, weight_nOI[0], None if bias_nO is None else bias_nO[0]))
     elif n == 1:
@@ -195,7 +195,7 @@ def experts_product(x_RI: Tensor, weight_nOI: Tensor, bias_nO: Tensor | None, ou
         torch.baddbmm(bias_nO[:, None], x_nMI, weight_nIO, out=out_RO.view(n, -1, O))
 
 
-def _few_rows_product(x_RI: Tensor, weight_nOI: Tensor, bias_nO: Tensor | None) -> Tensor:
+def few_rows_product(x_RI: Tensor, weight_nOI: Tensor, bias_nO: Tensor | None) -> Tensor:
     """The same as a batch of products of the matrix with the rows, which threads share out in parts of it."""
     n, O, I = weight_nOI.shape
     x_nIM = x_RI.view(n, -1, I).transpose(1, 2)

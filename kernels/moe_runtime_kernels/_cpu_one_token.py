@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ._activations import ACTIVATIONS, activate
 from ._checks import FLOATS, INTEGERS
 from ._cpu import onednn_takes, product
-from ._cpu_experts import _few_rows_product
+from ._cpu_experts import few_rows_product
 from ._dispatch import accumulator, is_plain
 
 
@@ -95,5 +95,5 @@ def _products(
     for x_1I, e in zip(x_KI, experts, strict=True):
         expert = slice(e, e + 1) if is_few else e
         bias = None if bias_EO is None else bias_EO[expert]
-        parts.append((_few_rows_product if is_few else product)(x_1I, weight_EOI[expert], bias))
+        parts.append((few_rows_product if is_few else product)(x_1I, weight_EOI[expert], bias))
     return torch.cat(parts)
