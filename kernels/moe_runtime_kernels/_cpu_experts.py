@@ -126,7 +126,7 @@ class Scratch:
         """The matrices in the dtype of the rows; the same tensor if they have it."""
         if weight_nOI.dtype == self._memory.dtype:
             return weight_nOI
-        if weight_nOI.stride(2) != 1:
+        if weight_nOI.stride(2) != 1 and weight_nOI.stride(1) == 1:
             return self.rounded(weight_nOI.transpose(1, 2)).transpose(1, 2)
         return self.like(weight_nOI).copy_(weight_nOI)
 
@@ -172,6 +172,7 @@ def _grouped_mm_takes(x_RI: Tensor, weight_EOI: Tensor, groups: Sequence[Group])
         and all(group.experts.stop - group.experts.start == 1 for group in groups)
         and (x_RI.dtype != torch.float32 or min(group.height for group in groups) > FEW_ROWS)
         and not onednn_takes(x_RI, weight_EOI[0])
+        and min(weight_EOI.shape[1:]) > 1
         and 1 in weight_EOI.stride()[1:]
         and all(size * itemsize % 16 == 0 for size in (*x_RI.stride(), *weight_EOI.stride()) if size != 1)
     )

@@ -16,6 +16,7 @@ from ._checks import FLOATS, INTEGERS
 from ._cpu import onednn_takes, product
 from ._cpu_experts import few_rows_product
 from ._dispatch import accumulator, is_plain
+from .plan import MAX_EXPERTS
 
 
 def one_token_ffn(  # noqa: PLR0913 - the operands and options of expert_ffn
@@ -43,7 +44,7 @@ def one_token_ffn(  # noqa: PLR0913 - the operands and options of expert_ffn
     E, D, F = down_EDF.shape
     chosen, acc = expert_TK[0].tolist(), accumulator(x_TD.dtype)
     kept = [e for e in chosen if 0 <= e < E]
-    x_KD = [x_TD.detach()] * len(kept)
+    x_KD = [x_TD] * len(kept)
     y_KD = x_TD.new_zeros(len(chosen), D)  # of a choice that is dropped
     if kept:
         h_KG = _products(x_KD, gate_up_EGD, gate_up_bias, kept)
@@ -74,6 +75,7 @@ def _is_layer(operands: tuple[Tensor | None, ...], expert_TK: Tensor) -> bool:
     (E, D, F), G, K = down, gate_up[1], expert_TK.shape[1]
     return (
         K > 0
+        and 1 <= E <= MAX_EXPERTS
         and G in (F, 2 * F)
         and (x, weight, gate_up, tuple(expert_TK.shape)) == ((1, D), (1, K), (E, G, D), (1, K))
         and gate_up_bias in (None, (E, G))

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 
 def register_reference(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -36,14 +38,19 @@ def register_reference(name: str) -> Callable[[Callable[..., Any]], Callable[...
 
 
 def is_plain(x_TD: Tensor) -> bool:
-    """Whether these are tokens on a CPU, neither compiled nor under autocast: then a reference without
-    gradients can be called as it is. For one token PyTorch's dispatcher costs about as much as what it calls.
+    """Whether these are tokens on a CPU, neither traced, transformed nor under autocast: then a reference
+    without gradients can be called as it is, and may read them. For one token PyTorch's dispatcher costs
+    about as much as what it calls.
     """
     return (
         x_TD.is_cpu
         and type(x_TD) is Tensor
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+        and _len_torch_dispatch_stack() == 0  # make_fx, fake tensors, counters of FLOPs
+        and torch._C._functorch.peek_interpreter_stack() is None  # vmap, jvp
+        and forward_ad._current_level < 0
     )
 
 

@@ -294,7 +294,7 @@ class MoeRuntimeModel(MoeRuntimePreTrainedModel):
         # Before a cache is made and positions are filled in: positions that are given, and no cache, are what
         # transformers finds packed documents by, which waits for the device.
         mask_by_type = self._masks(attention_mask, inputs_embeds, past_key_values, position_ids)
-        statistics = past_key_values is None or torch.is_grad_enabled()
+        statistics = past_key_values is None or torch.is_grad_enabled() or self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as functional
 from close import assert_close_to_exact
-from expert_layers import NAMES, layer, make_inputs
+from expert_layers import NAMES, dense_experts, layer, make_inputs
 from inputs import PATTERNS, Routing, choose, run
 from moe_runtime_kernels import _cpu, _cpu_experts, make_plan
 from moe_runtime_kernels._cpu import padded_height
-from moe_runtime_kernels._cpu_experts import MOST_EXPERTS, chunks, make_blocks, make_groups
+from moe_runtime_kernels._cpu_experts import MOST_EXPERTS, Scratch, chunks, make_blocks, make_groups
 from moe_runtime_kernels.combine import TOKENS, combine_blocks, combine_reference
 from moe_runtime_kernels.expert_ffn import expert_ffn_backward_reference, expert_ffn_reference
 
@@ -51,6 +52,43 @@ def assert_is_the_reference(routing, dtype):
 )
 def test_the_cpu_layer_is_the_reference(routing, dtype):
     assert_is_the_reference(routing, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("D", "F", "calls"), [(16, 24, 3), (8, 1, 1), (1, 8, 0), (1, 1, 0), (13, 7, 0)], ids=str
+)
+def test_experts_are_one_call_where_pytorch_takes_it(D, F, calls, dtype, monkeypatch):
+    seen = []
+
+    def spy(x_MI, *weights, **options):
+        seen.append(x_MI.shape[0])
+        return grouped_mm(x_MI, *weights, **options)
+
+    grouped_mm = functional.grouped_mm
+    monkeypatch.setattr(functional, "grouped_mm", spy)
+    expert_TK = choose(Routing(300, 2, 4), "cpu")
+    inputs, grad = make_inputs(Routing(300, 2, 4), dtype, D=D, F=F)
+    inputs, grad = {name: value.cpu() for name, value in inputs.items()}, grad.cpu()
+    actual = run(layer(make_plan(expert_TK, 4)), inputs, grad)
+    assert len(seen) == calls  # both products, and the gradient of the activations
+    exact = {name: value.double() for name, value in inputs.items()}
+
+    def plain(**leaves):
+        return dense_experts(expert_TK, "silu", **leaves)
+
+    reference, exact = run(plain, inputs, grad), run(plain, exact, grad.double())
+    for name in actual:
+        assert_close_to_exact(name, actual[name], reference[name], exact[name])
+
+
+def test_scratch_rounds_matrices_of_any_layout():
+    weight_nOI = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
+    scratch = Scratch(torch.bfloat16)
+    strided = torch.empty(1, 12, 8)[:, ::2, ::2].copy_(weight_nOI)
+    for weight in (weight_nOI, weight_nOI.mT, strided, strided.mT):
+        assert torch.equal(scratch.rounded(weight), weight.bfloat16())
+    assert scratch.rounded(weight_nOI.mT).stride() == weight_nOI.mT.stride()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

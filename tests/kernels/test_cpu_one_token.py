@@ -8,6 +8,9 @@ from inputs import DTYPES, Routing, choose
 from moe_runtime_kernels import make_plan
 from moe_runtime_kernels._cpu_one_token import one_token_ffn
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 OPTIONAL = ("gate_up_bias", "down_bias", "residual")
 ROUTING = Routing(1, 3, 8)
@@ -103,6 +106,36 @@ def test_other_calls_are_left_to_expert_ffn():
         assert one_token(EXPERT_TK, **trained) is None, name
         with torch.no_grad():
             assert not one_token(EXPERT_TK, **trained).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_traced_and_transformed_calls_are_left_to_expert_ffn():
+    """They would keep the experts of the token that they saw, or lose what belongs to their tensors."""
+    inputs = on_cpu()
+    served = []
+
+    def call(x):
+        served.append(one_token(EXPERT_TK, **inputs | {"x": x}))
+        return x
+
+    with torch.no_grad():
+        torch.jit.trace(call, inputs["x"], check_trace=False)
+        make_fx(call)(inputs["x"])
+        torch.vmap(call)(inputs["x"][None])
+        with forward_ad.dual_level():
+            call(forward_ad.make_dual(inputs["x"], inputs["x"]))
+        with FlopCounterMode(display=False):
+            call(inputs["x"])
+        assert served == [None] * 5
+        call(inputs["x"])
+        assert served[5] is not None
+
+
+@pytest.mark.parametrize("E", [0, 1025])
+def test_numbers_of_experts_that_no_plan_takes_are_left_to_it(E):
+    experts = {"gate_up": torch.zeros(E, 4, 4), "down": torch.zeros(E, 4, 2)}
+    x, weight = torch.zeros(1, 4), torch.ones(1, 1)
+    assert one_token(torch.tensor([[0]]), x=x, weight=weight, **experts) is None
 
 
 def test_fake_tensors_are_left_to_expert_ffn():
