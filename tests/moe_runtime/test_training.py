@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import BAM, BAM_SHARED_KV, DENSE, KINDS, MOE, tiny_model, tokens
 from trainers import THEIR_WARNINGS, examples, logged, number_tokenizer, settings
+from transformers import DynamicCache
 
 from moe_runtime.hf import MoeRuntimeForCausalLM
 from moe_runtime.losses import load_balancing_loss, z_loss
@@ -50,6 +51,16 @@ class TestAuxiliaryLosses:
         assert evaluated.loss.item() == pytest.approx(nll.item(), rel=1e-5)
         expected = nll + 0.3 * trained.aux_loss + 0.05 * trained.z_loss
         assert trained.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+    @torch.no_grad()
+    def test_are_absent_where_a_cache_is_given_but_not_in_training(self):
+        model, inputs = tiny_model(MOE, **COEFFICIENTS), batch()
+        out = model.eval()(**inputs, past_key_values=DynamicCache(config=model.config))
+        assert out.aux_loss is out.z_loss is out.expert_count is None
+        assert model(**inputs).aux_loss is not None
+        expected = model.train()(**inputs).loss
+        given = model(**inputs, past_key_values=DynamicCache(config=model.config)).loss
+        assert given.item() == pytest.approx(expected.item(), rel=1e-6)
 
     def test_are_absent_without_experts(self):
         out = tiny_model(DENSE).train()(**batch())
