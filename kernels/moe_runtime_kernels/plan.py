@@ -69,11 +69,11 @@ def _(expert, num_experts):
 def make_plan_reference(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, K = expert_TK.shape
     expert_N, device = expert_TK.flatten(), expert_TK.device
-    kept_N = (expert_N >= 0) & (expert_N < num_experts)
-    any_dropped = not kept_N.all()
-    if any_dropped:
-        expert_N = torch.where(kept_N, expert_N, num_experts)
     sorted_N, slot_N = expert_N.sort(stable=True)
+    any_dropped = T > 0 and (int(sorted_N[0]) < 0 or int(sorted_N[-1]) >= num_experts)
+    if any_dropped:
+        kept_N = (expert_N >= 0) & (expert_N < num_experts)
+        sorted_N, slot_N = torch.where(kept_N, expert_N, num_experts).sort(stable=True)
     expert_E = torch.arange(num_experts, dtype=sorted_N.dtype, device=device)
     start_E = torch.searchsorted(sorted_N, expert_E, out_int32=True)
     offset_E = torch.searchsorted(sorted_N, expert_E, right=True, out_int32=True)
