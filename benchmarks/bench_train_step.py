@@ -118,6 +118,6 @@ def bench_train_step(compare, tiny, set_precision, tmp_path, dtype, precision):
         },
         {"moe_runtime": step(ours, batches, dtype), "transformers_grouped_mm": step(theirs, batches, dtype)},
         check=check,
-        rounds=4,
+        rounds=7,
         work={"moe_runtime": work, "transformers_grouped_mm": work},
     )
