@@ -11,7 +11,7 @@ from moe_runtime_kernels._cpu import onednn_has_bf16, padded_height
 from torch import Tensor
 
 MOST = 1024  # that oneDNN keeps, unless ONEDNN_PRIMITIVE_CACHE_CAPACITY says otherwise
-BYTES = 400_000  # of one, about, as measured with PyTorch 2.13 on an AMD EPYC; see docs/memory.md
+BYTES = 400_000  # of one, about; `python -m benchmarks memory` says how well that fits
 
 _ops, _aten = torch.ops.moe_runtime, torch.ops.aten
 # operation -> positions of the operands of its product
@@ -22,13 +22,13 @@ _PRODUCTS = {
     _aten.baddbmm.default: (1, 2),
     _aten.linear.default: (0, 1),
 }
-_GROUPED = {
-    _ops.grouped_gemm.default: (0, 1),
-    _ops.gathered_grouped_gemm.default: (0, 1),
-    _ops.grouped_gemm_input_grad.default: (0, 1),
-    _ops.grouped_gemm_weight_grad.default: (0, 1),
-    _ops.gathered_grouped_gemm_weight_grad.default: (0, 1),
-}
+_GROUPED = (
+    _ops.grouped_gemm.default,
+    _ops.gathered_grouped_gemm.default,
+    _ops.grouped_gemm_input_grad.default,
+    _ops.grouped_gemm_weight_grad.default,
+    _ops.gathered_grouped_gemm_weight_grad.default,
+)
 
 
 class Kernels:
@@ -44,8 +44,8 @@ class Kernels:
             if left.dtype == torch.bfloat16:
                 self._single.add((left.shape, left.stride()[-1], right.shape, right.stride()[-1]))
         elif operation in _GROUPED:
-            left, right = (operands[i] for i in _GROUPED[operation])
-            self._experts(operation, left, right.shape[1:])
+            rows, other = operands[:2]
+            self._experts(operation, rows, other.shape[1:])
         elif operation is _ops.expert_ffn.default:
             x, gate_up, down = operands[:3]
             self._experts("gate_up", x, gate_up.shape[1:])
