@@ -6,9 +6,9 @@ entry in one chain where MKL sums blocks of it, and rounds more. So it serves on
 and less precise float32 products by PyTorch's own switches: `torch.set_float32_matmul_precision("high")`, or
 `torch.backends.mkldnn.matmul.fp32_precision = "tf32"`.
 
-oneDNN compiles a kernel for every number of rows that a product has, 1 to 2 ms each, and keeps the last 1024
-of them, up to 2.4 MB each. A router sends an expert other numbers of rows in every batch, so where oneDNN
-multiplies, experts' rows are padded to one of few heights.
+oneDNN compiles a kernel for every number of rows that a product has, and keeps the last 1024 of them. A
+router sends an expert other numbers of rows in every batch, so where oneDNN multiplies, experts' rows are
+padded to one of few heights.
 """
 
 from pathlib import Path
