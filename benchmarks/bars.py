@@ -11,6 +11,7 @@ from typing import Any
 
 OURS = "moe_runtime"
 MODEL = "qwen3-30b-a3b"
+SUITES = ("route", "plan", "combine", "expert_ffn")  # whose results the bars read
 Rows = list[dict[str, Any]]
 Suites = dict[str, Rows]
 

@@ -1,6 +1,5 @@
 """The sections of docs/performance.md, one function per kind of suite: result file -> parts of a page."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,11 @@ from benchmarks import expert_load, flan, memory, packing, upcycling
 from benchmarks.ablation.section import ablation_rows, explained
 from benchmarks.ablation.summary import conclude, summarise
 from benchmarks.bars import BARS, MODEL
+from benchmarks.result_file import Result
 
 NOTES = Path(__file__).resolve().parent / "notes"  # <suite>.md: what a reader must know beside the numbers
+# written for GPUs: their sections say where there is no result of one
+FOR_GPUS = ("expert_ffn", "grouped_gemm", "attention_mix", "route", "plan", "permute", "combine")
 
 
 def notes(suite: str) -> list[str]:
@@ -180,9 +182,8 @@ def _moving_section(title: str, explained: str) -> Any:
                 for row in rows
             ],
         )
-        gpu = content["machine"]["kind"] == "gpu"
-        how = "Replayed from CUDA graphs." if gpu else "Not yet measured on a GPU."
-        return [f"## {title}", f"{explained} {how}", table, *_reasons(rows), _origin(content, path, root)]
+        how = ["Replayed from CUDA graphs."] if content["machine"]["kind"] == "gpu" else []
+        return [f"## {title}", explained, table, *_reasons(rows), *how, _origin(content, path, root)]
 
     return section
 
@@ -232,7 +233,7 @@ def _product_section(title: str, explained: str) -> Any:
         speeds = _measured_speeds(rows)
         return [
             f"## {title}",
-            f"{explained} {'' if gpu else 'Not yet measured on a GPU.'}".strip(),
+            explained,
             table,
             *_reasons(rows),
             *(_timed_by(rows, first) if gpu else []),
@@ -331,18 +332,16 @@ def _percentiles(row: dict[str, Any], name: str) -> str:
     return " / ".join(f"{1e3 * seconds:.2f}" for seconds in found.values()) if found else ""
 
 
-def bars_section(files: dict[str, Path], root: Path) -> list[str]:
-    """What the kernels are held to, whatever has been measured; `files` are an H100's."""
-    contents = {suite: json.loads(path.read_text(encoding="utf-8")) for suite, path in files.items()}
-    rows = {suite: content["rows"] for suite, content in contents.items() if "rows" in content}
-    parts = [
+def bars_section(measured: dict[str, Result], root: Path) -> list[str]:
+    """What the kernels are held to, whatever has been measured; `measured` is of one H100."""
+    rows = {suite: result.content["rows"] for suite, result in measured.items()}
+    return [
         "## What the kernels are held to",
         f"On one H100, bfloat16, with the shapes of {MODEL} (D 2048, F 768, E 128, K 8) unless more are "
         "named. Useful FLOPs: 6·T·K·D·F forward, twice that backward.",
         _table(["", "wanted", "measured", "holds"], [bar.line(rows) for bar in BARS]),
+        *(_origin(result.content, result.path, root) for result in measured.values()),
     ]
-    used = [suite for suite in ("route", "plan", "combine", "expert_ffn") if suite in contents]
-    return parts + [_origin(contents[suite], files[suite], root) for suite in used]
 
 
 def _microseconds(row: dict[str, Any], name: str) -> str:

@@ -11,7 +11,17 @@ from benchmarks import __main__ as command
 from benchmarks import sections
 from benchmarks.bars import BARS
 from benchmarks.plots import draw
-from benchmarks.report import BEGIN, END, newest_compiled, newest_results, render_pages
+from benchmarks.report import (
+    BEGIN,
+    END,
+    newest_compiled,
+    newest_results,
+    one_device,
+    one_h100,
+    render_pages,
+    stale_plots,
+    write_pages,
+)
 from benchmarks.sections import NOTES, SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +95,7 @@ def test_bars_without_numbers_say_why():
 
 def write_result(root, folder, suite, *, device, kind="gpu", hour=9, **content):
     """A result file where the benchmarks would write it."""
-    machine = {"kind": kind, "device": device, "threads": 1, "versions": {}, "commit": "a" * 40}
+    machine = {"kind": kind, "device": device, "cores": 2, "threads": 1, "versions": {}, "commit": "a" * 40}
     content["machine"] = {**machine, "dirty": False, "time": f"2026-01-02T{hour:02}:00"}
     path = root / "benchmarks" / "results" / folder / f"2026-01-02_aaaaaaa_{suite}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,21 +111,143 @@ def test_the_newest_result_of_a_suite_is_shown_wherever_it_lies(tmp_path):
             )
             for folder in ("a", "b", "c")
         }
-        assert newest_results(tmp_path / "benchmarks" / "results") == {"moe_layer": paths[newest]}
+        shown = newest_results(tmp_path / "benchmarks" / "results")
+        assert {suite: [result.path for result in found] for suite, found in shown.items()} == {
+            "moe_layer": [paths[newest]]
+        }
 
 
-def test_a_gpus_result_is_shown_before_a_newer_one_of_a_cpu(tmp_path):
+def test_every_device_is_shown_gpus_first_whatever_is_newer(tmp_path):
+    on_cpu = write_result(tmp_path, "a-cpu", "plan", device="X", kind="cpu", hour=12)
+    other = write_result(tmp_path, "z-cpu", "plan", device="B", kind="cpu", hour=7)
+    h100 = write_result(tmp_path, "h100", "plan", device="NVIDIA H100 80GB HBM3", hour=8)
+    a100 = write_result(tmp_path, "a100", "plan", device="NVIDIA A100-SXM4-80GB", hour=9)
+    found = newest_results(tmp_path / "benchmarks" / "results")["plan"]
+    assert [result.path for result in found] == [a100, h100, other, on_cpu]
+    assert [result.device for result in found[1:3]] == ["NVIDIA H100 80GB HBM3", "B, 2 cores"]
+    assert one_device(found).path == a100, "the newest of a GPU"
+    assert one_device(found[2:]).path == on_cpu, "the newest of a CPU"
+
+
+def test_bars_are_never_of_two_devices(tmp_path):
+    """All are of the H100 of which most is known, and then of the newer one."""
     folder = tmp_path / "benchmarks" / "results"
-    on_cpu = [
-        write_result(tmp_path, "a-cpu", suite, device="X", kind="cpu", hour=12)
-        for suite in ("plan", "linear")
+
+    def shown():
+        return {suite: result.device for suite, result in one_h100(newest_results(folder)).items()}
+
+    write_result(tmp_path, "gh200", "route", device="NVIDIA GH200 480GB")
+    write_result(tmp_path, "cpu", "route", device="H100", kind="cpu")
+    assert shown() == {}
+    write_result(tmp_path, "pcie", "route", device="NVIDIA H100 PCIe", hour=8)
+    write_result(tmp_path, "pcie", "linear", device="NVIDIA H100 PCIe", hour=23)
+    write_result(tmp_path, "hbm3", "plan", device="NVIDIA H100 80GB HBM3", hour=9)
+    assert shown() == {"plan": "NVIDIA H100 80GB HBM3"}
+    write_result(tmp_path, "pcie", "combine", device="NVIDIA H100 PCIe", hour=8)
+    assert shown() == dict.fromkeys(("route", "combine"), "NVIDIA H100 PCIe")
+
+
+AMD, INTEL = "AMD EPYC", "Intel(R) Xeon(R) Processor @ 2.50GHz"
+
+
+def committed(suite):
+    """What a committed result holds, for a file of another machine."""
+    result, *_ = newest_results(ROOT / "benchmarks" / "results")[suite]
+    return {key: value for key, value in result.content.items() if key not in ("machine", "suite")}
+
+
+def on_two_cpus(root, suite, newer, **content):
+    for folder, device in (("b", AMD), ("a", INTEL)):
+        hour = 10 if device == newer else 9
+        write_result(root, folder, suite, device=device, kind="cpu", hour=hour, **content)
+
+
+def test_results_of_two_cpus_are_both_shown_below_their_names(tmp_path):
+    (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}")
+    pages = []
+    for newer in (AMD, INTEL):
+        for suite in ("route", "memory", "train_step"):
+            on_two_cpus(tmp_path, suite, newer, **committed(suite))
+        write_result(tmp_path, "b", "linear", device=AMD, kind="cpu", **committed("linear"))
+        pages.append(render_pages(tmp_path)[tmp_path / "docs" / "performance.md"])
+    page, again = pages
+    assert page == again, "which one is newer decides nothing"
+    devices = [f"### {AMD}, 2 cores", f"### {INTEL}, 2 cores"]
+    assert re.findall("^##.*", page, re.M) == [
+        "## What the kernels are held to",
+        "## A training step on a CPU",
+        *devices,
+        "### How to read it",
+        "## Routing",
+        *devices,
+        "## Float32 products on the CPU",
+        "## Memory of training beside its plan",
+        *devices,
     ]
-    old = write_result(tmp_path, "h100", "plan", device="NVIDIA H100 80GB HBM3", hour=8)
-    new = write_result(tmp_path, "a100", "plan", device="NVIDIA A100-SXM4-80GB", hour=9)
-    write_result(tmp_path, "gh200", "route", device="NVIDIA GH200 480GB", hour=9)
-    shown = newest_results(folder)
-    assert (shown["plan"], shown["linear"]) == (new, on_cpu[1])
-    assert newest_results(folder, "H100") == {"plan": old}
+    for device, folder in ((AMD, "b"), (INTEL, "a")):
+        for suite in ("route", "memory", "train_step"):
+            origin = f"CPU time on {device}, 1 threads; ; commit aaaaaaa; "
+            assert f"{origin}`benchmarks/results/{folder}/2026-01-02_aaaaaaa_{suite}.json`." in page
+    routing = page.partition("## Routing")[2].partition("## Float32")[0]
+    explained, first, second = routing.split("### ")
+    assert "Not yet measured on a GPU." in explained
+    assert "measured on a GPU" not in first + second
+    assert first.partition("| tokens")[2].count("|") == second.partition("| tokens")[2].count("|") > 0
+    assert page.count("Ours is what `moe-runtime train` runs") == 1
+
+
+def test_a_gpus_section_does_not_say_that_there_is_none(tmp_path):
+    (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}")
+    write_result(tmp_path, "x", "plan", device="X", kind="cpu", hour=12, **committed("plan"))
+    write_result(tmp_path, "g", "plan", device="NVIDIA A100-SXM4-80GB", hour=8, **committed("plan"))
+    page = render_pages(tmp_path)[tmp_path / "docs" / "performance.md"]
+    assert re.findall("^###.*", page, re.M) == ["### NVIDIA A100-SXM4-80GB", "### X, 2 cores"]
+    assert "Not yet measured on a GPU." not in page
+
+
+def test_plots_of_two_cpus_are_files_of_their_own(tmp_path):
+    (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}")
+    rows = [model_row("prefill")]
+    plots = tmp_path / "docs" / "plots"
+    names = {
+        device: {f"{kind}_end_to_end{end}.svg" for kind in ("speedup", "roofline")}
+        for device, end in (
+            ("", ""),
+            (AMD, "_cpu-amd-epyc-2-cores"),
+            (INTEL, "_cpu-intel-r-xeon-r-processor-2-50ghz-2-cores"),
+        )
+    }
+    write_result(tmp_path, "b", "end_to_end", device=AMD, kind="cpu", rows=rows)
+    write_pages(tmp_path)
+    assert {path.name for path in plots.iterdir()} == names[""]
+    slower = [{**rows[0], "ratios": {name: 3 * ratio for name, ratio in rows[0]["ratios"].items()}}]
+    slower[0]["ratios"]["moe_runtime"] = 1.0
+    write_result(tmp_path, "a", "end_to_end", device=INTEL, kind="cpu", hour=10, rows=slower)
+    write_pages(tmp_path)
+    assert {path.name for path in plots.iterdir()} == names[AMD] | names[INTEL], "and none of before"
+    page = (tmp_path / "docs" / "performance.md").read_text()
+    first, second = page.partition("## Whole models")[2].split("### ")[1:3]
+    for part, device in ((first, AMD), (second, INTEL)):
+        assert part.startswith(device)
+        assert set(re.findall(r"\]\(plots/(.*)\)", part)) == names[device]
+    pictures = {path.read_text() for path in plots.glob("speedup*.svg")}
+    assert len(pictures) == 2, "each shows its own device's times"
+    assert page.count("### What decides decoding on a CPU") == 1
+
+
+def test_readmes_table_is_of_one_device_the_newest(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{BEGIN}\n{END}")
+    for newer, older in ((AMD, INTEL), (INTEL, AMD)):
+        on_two_cpus(tmp_path, "demo", newer, **committed("demo"))
+        pages = render_pages(tmp_path)
+        assert f"CPU time on {newer}, 1 threads" in pages[readme]
+        assert older not in pages[readme]
+        page = pages[tmp_path / "docs" / "performance.md"]
+        assert page.index(f"### {AMD}, 2 cores") < page.index(f"### {INTEL}, 2 cores")
+    on_gpu = write_result(tmp_path, "g", "demo", device="NVIDIA L4", hour=8, **committed("demo"))
+    origin = f"GPU time on NVIDIA L4, 1 threads; ; commit aaaaaaa; `{on_gpu.relative_to(tmp_path)}`."
+    assert origin in render_pages(tmp_path)[readme]
 
 
 def test_bars_are_of_an_h100_and_other_gpus_are_measured_nonetheless(tmp_path):
@@ -173,10 +305,7 @@ def test_operations_that_move_data_are_shown_against_a_copy(tmp_path):
         "ratio_to": "moe_runtime",
         "not_timed": {"sort": "cannot be captured: it waits"},
     }
-    machine = {"kind": "gpu", "device": "G", "threads": 1, "versions": {}, "commit": "a" * 40, "dirty": False}
-    path = tmp_path / "benchmarks" / "results" / "g" / "2026-01-02_aaaaaaa_plan.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"machine": {**machine, "time": "2026-01-02T09:00"}, "rows": [row]}))
+    write_result(tmp_path, "g", "plan", device="G", rows=[row])
     page = render_pages(tmp_path)[tmp_path / "docs" / "performance.md"]
     assert "| 64 | 2.00 (1.00 to 3.00) | 2000.0 | 80% |" in page
     assert "Not timed:\n\n- sort: cannot be captured: it waits" in page
@@ -202,17 +331,7 @@ def test_products_are_shown_with_their_floor_errors_and_peers(tmp_path):
         "copy_bytes_per_s": 3e12,
         "product_flops_per_s": 7.98e14,
     }
-    machine = {
-        "kind": "gpu",
-        "device": "NVIDIA H100 80GB HBM3",
-        "threads": 1,
-        "versions": {},
-        "commit": "a" * 40,
-        "dirty": False,
-    }
-    path = tmp_path / "benchmarks" / "results" / "g" / "2026-01-02_aaaaaaa_expert_ffn.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"machine": {**machine, "time": "2026-01-02T09:00"}, "rows": [row]}))
+    write_result(tmp_path, "g", "expert_ffn", device="NVIDIA H100 80GB HBM3", rows=[row])
     page = render_pages(tmp_path)[tmp_path / "docs" / "performance.md"]
     assert (
         "| 8192 | 2.00 (1.00 to 3.00) | 450 | 61% | 2.0e-03 | 1,024 | 1.50 times, error 2.0e-03, 1,024 MiB |"
@@ -234,10 +353,7 @@ def test_tuned_launches_are_shown_beside_the_closed_form(tmp_path):
     row = {"kernel": "grouped_gemm plain", "key": ["cuda90", 2, 768, 2048, 128, 512], "candidates": 40}
     row |= {"closed_form_s": 2e-4, "seconds": 1.5e-4, "worth_it": True}
     row["refused"] = [{"fields": {"block_m": 64}, "why": "result 0 differs"}]
-    machine = {"kind": "gpu", "device": "G", "threads": 1, "versions": {}, "commit": "a" * 40, "dirty": False}
-    path = tmp_path / "benchmarks" / "results" / "g" / "2026-01-02_aaaaaaa_tune.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"machine": {**machine, "time": "2026-01-02T09:00"}, "rows": [row]}))
+    write_result(tmp_path, "g", "tune", device="G", rows=[row])
     page = render_pages(tmp_path)[tmp_path / "docs" / "performance.md"]
     assert "| grouped_gemm plain | cuda90 2 768 2048 128 512 | 40 | 200.0 | 150.0 | yes |" in page
     assert "closed form's:\n\n- grouped_gemm plain: result 0 differs\n" in page
@@ -366,5 +482,7 @@ def test_what_is_missing_is_said_with_the_line_that_installs_it(monkeypatch, cap
 
 
 def test_pages_say_what_the_committed_results_say():
-    for path, text in render_pages(ROOT).items():
+    pages = render_pages(ROOT)
+    for path, text in pages.items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `python -m benchmarks report`"
+    assert stale_plots(ROOT, pages) == [], "run `python -m benchmarks report`"
