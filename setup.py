@@ -16,6 +16,7 @@ setup(
     python_requires=">=3.11",
     packages=[
         "moe_runtime_kernels",
+        "moe_runtime_kernels._triton",
         "moe_runtime",
         "moe_runtime.hf",
         "moe_runtime.demo",

@@ -1,13 +1,16 @@
-"""What `requirements/install.sh` asks pip for, with a pip that only writes it down."""
+"""What `requirements/install.sh` asks pip for, with a pip that only writes it down; what a wheel holds."""
 
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "requirements" / "install.sh"
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "requirements" / "install.sh"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems have one torch build each")
 
 
@@ -50,3 +53,24 @@ def test_with_a_gpu_torch_is_the_cuda_build(tmp_path):
     calls = installs(tmp_path, gpu=True)
     assert "torch-cuda.txt" in calls[0]
     assert not any("torch-cpu.txt" in call for call in calls)
+
+
+def test_a_wheel_holds_every_file_of_the_packages(tmp_path):
+    for name in ("setup.py", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("kernels", "moe_runtime", "upcycle"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", ".*")
+        )
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    files = [
+        *((tmp_path / "kernels").rglob("*")),
+        *(path for name in ("moe_runtime", "upcycle") for path in (tmp_path / name).rglob("*")),
+    ]
+    expected = {
+        path.relative_to(tmp_path).as_posix().removeprefix("kernels/") for path in files if path.is_file()
+    }
+    assert held == expected
