@@ -43,7 +43,8 @@ def pack_experts(model: nn.Module) -> tuple[str, ...]:
 
     Args:
         model: a layer or model of this project, or of transformers with `experts_implementation=
-            "moe_runtime"`; on the CPU, in float32 or, on a processor with AVX-512, bfloat16.
+            "moe_runtime"`; on the CPU, in float32 or, on a processor with AVX512_BF16 or AMX, bfloat16;
+            on others unpacked experts are faster.
 
     Returns:
         Names of the packed modules.

@@ -1,4 +1,11 @@
-"""Float32 matrix products on the CPU, by the faster of the two libraries that PyTorch carries.
+"""Matrix products on the CPU, by the fastest that there is for their dtype and rows.
+
+**bfloat16.** A few rows are multiplied by code of this project's (`_native`), which reads the matrix once, at
+the speed of the memory. More are PyTorch's, which has them from oneDNN. On a processor without instructions
+for bfloat16, oneDNN's are several times slower than float32 ones: there a part of the matrix at a time is
+widened, and MKL multiplies it.
+
+**float32**, by the faster of the two libraries that PyTorch carries.
 
 PyTorch gives float32 products to MKL, which runs AVX2 code on processors that are not Intel's; oneDNN, its
 library for bfloat16, uses their AVX-512. docs/performance.md has the measured ratio. But oneDNN sums each
@@ -18,6 +25,9 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from ._dispatch import is_plain
+from ._native import grouped_rows, library, processor_flags
+
 
 def _onednn_is_faster() -> bool:
     """Whether this processor is one of AMD's with AVX-512, the only kind that was measured."""
@@ -28,6 +38,11 @@ def _onednn_is_faster() -> bool:
 
 
 ONEDNN_IS_FASTER = _onednn_is_faster()
+# an x86 processor whose bfloat16 products are float32 ones after a conversion
+BF16_IS_WIDENED = "avx2" in processor_flags() and not processor_flags() & {"avx512_bf16", "amx_bf16"}
+# rows of a matrix: with more, the libraries' products are faster
+MOST_NATIVE_ROWS = {torch.bfloat16: 256 if BF16_IS_WIDENED else 8, torch.float32: 32}
+WIDENED = 2**18  # values of a matrix that are widened at a time: 1 MiB, which stays in the cache
 
 
 def onednn_has_bf16() -> bool:
@@ -37,8 +52,7 @@ def onednn_has_bf16() -> bool:
 
 def onednn_takes(x: Tensor, weight_OI: Tensor) -> bool:
     """Whether `onednn_product` is right and faster for these operands; it has no gradient."""
-    trains = torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad)
-    return not trains and onednn_is_asked_for(x, weight_OI)
+    return not _trains(x, weight_OI) and onednn_is_asked_for(x, weight_OI)
 
 
 def onednn_is_asked_for(x: Tensor, weight_OI: Tensor) -> bool:
@@ -64,7 +78,7 @@ def onednn_is_asked_for(x: Tensor, weight_OI: Tensor) -> bool:
 def onednn_multiplies(x: Tensor, weight_OI: Tensor) -> bool:
     """Whether `product` of these operands is oneDNN's; the weight may be wider than bfloat16."""
     if x.dtype == torch.bfloat16:
-        return x.device.type == "cpu" and onednn_has_bf16()
+        return x.device.type == "cpu" and onednn_has_bf16() and not BF16_IS_WIDENED
     return onednn_takes(x, weight_OI)
 
 
@@ -81,11 +95,71 @@ def onednn_product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -
     return torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
 
 
+def native_takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether `grouped_rows` multiplies such rows and matrices, if they are few.
+
+    It reads memory: operands are plain tensors, and there is no gradient.
+    """
+    return (
+        is_plain(x)
+        and x.dtype == weight.dtype
+        and x.dtype in MOST_NATIVE_ROWS
+        and x.stride(-1) == weight.stride(-1) == 1
+        and x.numel() > 0
+        and weight.numel() > 0
+        and (bias is None or (bias.dtype == x.dtype and bias.stride(-1) == 1))
+        and not _trains(x, weight, bias)
+        and library(x.dtype) is not None
+    )
+
+
+def is_few(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> bool:
+    """Whether these rows are so few that `native_product` is the fastest; it has no gradient."""
+    return x_MI.shape[0] <= MOST_NATIVE_ROWS.get(x_MI.dtype, 0) and native_takes(x_MI, weight_OI, bias_O)
+
+
+def is_widened(x: Tensor, weight: Tensor) -> bool:
+    """Whether `widened_product` is right and faster for these operands; it has no gradient."""
+    is_bf16 = x.is_cpu and x.dtype == weight.dtype == torch.bfloat16
+    return BF16_IS_WIDENED and is_bf16 and not _trains(x, weight)
+
+
+def _trains(*operands: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in operands)
+
+
+def native_product(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias of a few rows, without autograd."""
+    out_MO = x_MI.new_empty(x_MI.shape[0], weight_OI.shape[0])
+    bias_1O = None if bias_O is None else bias_O[None]
+    grouped_rows(x_MI, weight_OI[None], bias_1O, [(0, 0, x_MI.shape[0])], out_MO)
+    return out_MO
+
+
+def widened_product(
+    x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, out_MO: Tensor | None = None
+) -> Tensor:
+    """x @ weight.T + bias in float32, rounded once, without autograd; a part of the matrix at a time."""
+    (O, I), wide_MI = weight_OI.shape, x_MI.float()
+    if out_MO is None:
+        out_MO = x_MI.new_empty(x_MI.shape[0], O)
+    outputs = max(WIDENED // max(I, 1), 1)
+    for first in range(0, O, outputs):
+        part = slice(first, first + outputs)
+        bias = None if bias_O is None else bias_O[part].float()
+        out_MO[:, part] = functional.linear(wide_MI, weight_OI[part].float(), bias)
+    return out_MO
+
+
 def product(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias on any device, in x's dtype."""
-    trains_bias = torch.is_grad_enabled() and bias_O is not None and bias_O.requires_grad
-    if onednn_takes(x_MI, weight_OI) and not trains_bias:
-        return onednn_product(x_MI, weight_OI, bias_O)
+    if x_MI.is_cpu and not _trains(bias_O):
+        if x_MI.dim() == 2 and is_few(x_MI, weight_OI, bias_O):
+            return native_product(x_MI, weight_OI, bias_O)
+        if x_MI.dim() == 2 and is_widened(x_MI, weight_OI):
+            return widened_product(x_MI, weight_OI, bias_O)
+        if onednn_takes(x_MI, weight_OI):
+            return onednn_product(x_MI, weight_OI, bias_O)
     return functional.linear(x_MI, weight_OI, bias_O)
 
 
@@ -111,6 +185,8 @@ def few_heights(x_NI: Tensor, rows: slice) -> Tensor:
 def weight_grad(grad_MO: Tensor, x_MI: Tensor) -> Tensor:
     """grad.T @ x [O, I], the gradient of the weight of `product`, without autograd."""
     x_IM = x_MI.t()
+    if is_widened(grad_MO, x_MI):
+        return widened_product(grad_MO.t(), x_IM)
     if onednn_takes(grad_MO, x_IM):
         return onednn_product(grad_MO.t(), x_IM)  # columns that lie apart it packs itself
     return grad_MO.t() @ x_MI

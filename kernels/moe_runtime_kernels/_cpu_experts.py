@@ -22,8 +22,19 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ._activations import activate, activate_backward
-from ._cpu import onednn_multiplies, onednn_takes, padded_height, product
+from ._cpu import (
+    MOST_NATIVE_ROWS,
+    is_few,
+    is_widened,
+    native_takes,
+    onednn_multiplies,
+    onednn_takes,
+    padded_height,
+    product,
+    widened_product,
+)
 from ._dispatch import accumulator
+from ._native import grouped_rows
 from .combine import combine_blocks
 
 MOST_EXPERTS = 16  # in a group
@@ -92,10 +103,10 @@ class Blocks(NamedTuple):
         return self.place_N[row_TK.clamp(min=0)].masked_fill(row_TK < 0, -1)
 
 
-def make_blocks(x_TD: Tensor, weight_EOI: Tensor, offset_E: Tensor) -> Blocks:
+def make_blocks(x_TD: Tensor, weight_EOI: Tensor, offset_E: Tensor, is_native: bool = False) -> Blocks:
     ends = offset_E.tolist()
     through_onednn = onednn_multiplies(x_TD, weight_EOI[0])
-    batches_pay = x_TD.dtype == torch.float32 and not through_onednn
+    batches_pay = x_TD.dtype == torch.float32 and not through_onednn and not is_native
     groups = make_groups(ends, MOST_EXPERTS if batches_pay else 1, through_onednn)
     if not groups or groups[-1].padded.stop == ends[-1]:
         return Blocks(groups, ends, None, None)
@@ -141,9 +152,16 @@ def products(
 ) -> Tensor:
     """Rows of groups that follow each other times their experts' matrices, plus biases, into `out` if given.
 
-    PyTorch's grouped product does what a loop here would, without Python between the experts.
+    Experts with few rows are one call of `grouped_rows`. PyTorch's grouped product does what the
+    loop here would, without Python between the experts.
     """
-    if out_RO is None and bias_EO is None and _grouped_mm_takes(x_RI, weight_EOI, groups):
+    is_native = native_takes(x_RI, weight_EOI, bias_EO)
+    most_rows = MOST_NATIVE_ROWS[x_RI.dtype] if is_native else 0
+    few: list[Group] = []
+    more: list[Group] = []
+    for group in groups:
+        (few if group.height <= most_rows else more).append(group)
+    if not few and out_RO is None and bias_EO is None and _grouped_mm_takes(x_RI, weight_EOI, groups):
         first = groups[0].experts.start
         ends: list[int] = []
         for group in groups:  # experts without rows end where the one before them does
@@ -155,7 +173,14 @@ def products(
     if out_RO is None:
         out_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
     start = groups[0].padded.start
-    for experts, _, padded in groups:
+    if few:
+        parts = [
+            (e, group.padded.start - start + i * group.height, group.height)
+            for group in few
+            for i, e in enumerate(range(group.experts.start, group.experts.stop))
+        ]
+        grouped_rows(x_RI, weight_EOI, bias_EO, parts, out_RO)
+    for experts, _, padded in more:
         rows = slice(padded.start - start, padded.stop - start)
         bias_nO = None if bias_EO is None else bias_EO[experts]
         experts_product(x_RI[rows], scratch.rounded(weight_EOI[experts]), bias_nO, out_RO[rows])
@@ -172,6 +197,7 @@ def _grouped_mm_takes(x_RI: Tensor, weight_EOI: Tensor, groups: Sequence[Group])
         and all(group.experts.stop - group.experts.start == 1 for group in groups)
         and (x_RI.dtype != torch.float32 or min(group.height for group in groups) > FEW_ROWS)
         and not onednn_takes(x_RI, weight_EOI[0])
+        and not is_widened(x_RI, weight_EOI)
         and min(weight_EOI.shape[1:]) > 1
         and 1 in weight_EOI.stride()[1:]
         and all(size * itemsize % 16 == 0 for size in (*x_RI.stride(), *weight_EOI.stride()) if size != 1)
@@ -182,11 +208,16 @@ def experts_product(x_RI: Tensor, weight_nOI: Tensor, bias_nO: Tensor | None, ou
     """Each expert's padded rows times its matrix, plus its bias, into `out`."""
     n, O, I = weight_nOI.shape
     through_onednn = onednn_takes(x_RI, weight_nOI[0])
+    bias_O = None if bias_nO is None else bias_nO[0]
     few = x_RI.shape[0] <= FEW_ROWS * n and x_RI.dtype == torch.float32 and weight_nOI.is_contiguous()
-    if few and not through_onednn:
+    if n == 1 and is_few(x_RI, weight_nOI[0], bias_O):
+        grouped_rows(x_RI, weight_nOI, bias_nO, [(0, 0, x_RI.shape[0])], out_RO)
+    elif few and not through_onednn:
         out_RO.copy_(few_rows_product(x_RI, weight_nOI, bias_nO))
+    elif n == 1 and is_widened(x_RI, weight_nOI):
+        widened_product(x_RI, weight_nOI[0], bias_O, out_RO)
     elif n == 1 and (through_onednn or bias_nO is not None):
-        out_RO.copy_(product(x_RI, weight_nOI[0], None if bias_nO is None else bias_nO[0]))
+        out_RO.copy_(product(x_RI, weight_nOI[0], bias_O))
     elif n == 1:
         torch.mm(x_RI, weight_nOI[0].t(), out=out_RO)
     elif bias_nO is None:
@@ -228,7 +259,9 @@ def expert_ffn_blocks(  # noqa: PLR0913 - the operation's own arguments, in its 
     keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
     (G, D), F = gate_up_EGD.shape[1:], down_EDF.shape[2]
-    blocks = make_blocks(x_TD, gate_up_EGD, offset_E)
+    is_native = native_takes(x_TD, gate_up_EGD, gate_up_bias_EG)
+    is_native = is_native and native_takes(x_TD, down_EDF, down_bias_ED)
+    blocks = make_blocks(x_TD, gate_up_EGD, offset_E, is_native)
     token_R, scratch = blocks.pad(token_N), Scratch(x_TD.dtype)
     parts = chunks(blocks.groups, MOST_HIDDEN // G)
     several = len(parts) > 1
@@ -403,7 +436,9 @@ def _weight_grad(
         return
     dweight_nOI = dweight_EOI[group.experts]
     out_nOI = dweight_nOI if dweight_nOI.dtype == x_RI.dtype else scratch.like(dweight_nOI)
-    if len(out_nOI) == 1:  # faster than a batch of one; for float32, than oneDNN and a copy of its result
+    if len(out_nOI) == 1 and is_widened(grad_RO, x_RI):
+        widened_product(grad_RO.t(), x_RI.t(), out_MO=out_nOI[0])
+    elif len(out_nOI) == 1:  # faster than a batch of one; for float32, than oneDNN and a copy of its result
         torch.mm(grad_RO.t(), x_RI, out=out_nOI[0])
     else:
         torch.bmm(grad_nOM, x_nMI, out=out_nOI)

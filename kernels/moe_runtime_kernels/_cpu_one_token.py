@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ._activations import ACTIVATIONS, activate
 from ._checks import FLOATS, INTEGERS
-from ._cpu import onednn_takes, product
+from ._cpu import native_takes, onednn_takes, product
 from ._cpu_experts import few_rows_product
 from ._dispatch import accumulator, is_plain
+from ._native import grouped_rows
 from .plan import MAX_EXPERTS
 
 
@@ -34,8 +35,9 @@ def one_token_ffn(  # noqa: PLR0913 - the operands and options of expert_ffn
     """What `expert_ffn` returns with `make_plan(expert_TK, E)`, or None for calls of another kind.
 
     It serves one token on a CPU without gradient, autocast and compilation, if all operands are plain tensors
-    with the shapes and dtypes of a layer. The bits are those of `expert_ffn` too, unless rows are not whole
-    multiples of 64 bytes, or float32 matrices so small that a batch of several is summed in another order.
+    with the shapes and dtypes of a layer. The bits are those of `expert_ffn` too; without compiled products
+    (`_native`), unless rows are not whole multiples of 64 bytes, or a library sums a batch of matrices in
+    another order.
     """
     operands = (x_TD, weight_TK, gate_up_EGD, down_EDF, gate_up_bias, down_bias, residual_TD)
     is_one = is_plain(x_TD) and x_TD.shape[0] == 1
@@ -91,6 +93,11 @@ def _products(
     x_KI: Sequence[Tensor], weight_EOI: Tensor, bias_EO: Tensor | None, experts: Sequence[int]
 ) -> Tensor:
     """Each row times the matrix of its expert, plus its bias [K, O]."""
+    if native_takes(x_KI[0], weight_EOI, bias_EO):
+        rows_KI = torch.cat(tuple(x_KI))
+        out_KO = rows_KI.new_empty(len(experts), weight_EOI.shape[1])
+        grouped_rows(rows_KI, weight_EOI, bias_EO, [(e, k, 1) for k, e in enumerate(experts)], out_KO)
+        return out_KO
     is_few = weight_EOI.dtype == torch.float32 and weight_EOI.is_contiguous()
     is_few = is_few and not onednn_takes(x_KI[0], weight_EOI[experts[0]])
     parts = []

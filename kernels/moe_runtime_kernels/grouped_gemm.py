@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ._checks import FLOATS, check_apart, check_device, check_dims, check_dtype, check_same, check_shape
-from ._cpu import few_heights, rows_product
+from ._cpu import few_heights, is_widened, rows_product, widened_product
 from ._dispatch import accumulator, cast_for_autocast, register_kernel, register_reference
 from .permute import gather_rows_reference, scatter_rows_op
 from .plan import RoutingPlan, check_plan
@@ -147,7 +147,10 @@ def weight_grad_reference(grad_NO: Tensor, x_NI: Tensor, offset_E: Tensor) -> Te
     dweight_EOI = torch.zeros(E, O, I, dtype=x_NI.dtype, device=x_NI.device)
     for e, rows in expert_slices(offset_E):
         grad_MO, x_MI = few_heights(grad_NO, rows), few_heights(x_NI, rows)
-        torch.mm(grad_MO.t(), x_MI, out=dweight_EOI[e])
+        if is_widened(grad_MO, x_MI):
+            widened_product(grad_MO.t(), x_MI.t(), out_MO=dweight_EOI[e])
+        else:
+            torch.mm(grad_MO.t(), x_MI, out=dweight_EOI[e])
     return dweight_EOI
 
 

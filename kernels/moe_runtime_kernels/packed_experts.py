@@ -24,7 +24,7 @@ from ._checks import (
     check_same,
     check_shape,
 )
-from ._cpu import onednn_has_bf16, padded_height
+from ._cpu import BF16_IS_WIDENED, onednn_has_bf16, padded_height
 from .combine import combine_blocks
 
 # oneDNN's names: kind, scalars, algorithm. relu2 squares what relu leaves.
@@ -40,9 +40,9 @@ _onednn: Any = torch.ops.mkldnn
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this machine's oneDNN has products of packed weights of this dtype."""
+    """Whether this machine's oneDNN has products of packed weights of this dtype, and faster ones."""
     if dtype == torch.bfloat16:
-        return onednn_has_bf16()
+        return onednn_has_bf16() and not BF16_IS_WIDENED
     return dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
@@ -53,7 +53,8 @@ class PackedExperts:
 
     Args:
         gate_up_EGD: gate rows above up rows, G = 2F; or without a gate, G = F.
-        down_EDF: float32, or bfloat16 where the processor has products of it (AVX-512), on the CPU.
+        down_EDF: float32, or bfloat16 where the processor has products of it (AVX512_BF16
+            or AMX), on the CPU.
         activation: silu, gelu, gelu_tanh, relu or relu2.
         gate_up_bias_EG, down_bias_ED: added to each row of the expert; None: no bias.
 
@@ -85,8 +86,9 @@ class PackedExperts:
         check_device(op, "gate_up", gate_up_EGD, torch.device("cpu"))
         if not can_pack(gate_up_EGD.dtype):
             raise ValueError(
-                f"{op}: gate_up must be of a dtype that this processor's oneDNN has products of (float32, "
-                f"and bfloat16 with AVX-512), got {str(gate_up_EGD.dtype).removeprefix('torch.')}"
+                f"{op}: gate_up must be of a dtype that this processor's oneDNN has products of (float32; "
+                f"bfloat16 with AVX512_BF16 or AMX; without, expert_ffn is faster), "
+                f"got {str(gate_up_EGD.dtype).removeprefix('torch.')}"
             )
         self.num_experts, self.width, self.hidden = E, D, F
         self.dtype, self.activation, self.gated = gate_up_EGD.dtype, activation, G != F

@@ -13,6 +13,22 @@ from moe_runtime_kernels.combine import TOKENS, combine_blocks, combine_referenc
 from moe_runtime_kernels.expert_ffn import expert_ffn_backward_reference, expert_ffn_reference
 
 DTYPES = [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float32, id="fp32")]
+
+
+@pytest.fixture
+def libraries_multiply(monkeypatch):
+    """As on a processor with instructions for bfloat16, and without a compiler."""
+    monkeypatch.setattr(_cpu, "BF16_IS_WIDENED", False)
+    for dtype in list(_cpu.MOST_NATIVE_ROWS):
+        monkeypatch.delitem(_cpu.MOST_NATIVE_ROWS, dtype)
+
+
+@pytest.fixture
+def bf16_is_widened(libraries_multiply, monkeypatch):
+    """As on a processor without them, and without a compiler."""
+    monkeypatch.setattr(_cpu, "BF16_IS_WIDENED", True)
+
+
 NEEDS = [True] * 6
 
 
@@ -50,7 +66,10 @@ def assert_is_the_reference(routing, dtype):
     ],
     ids=["groups", "few-rows", "single"],
 )
-def test_the_cpu_layer_is_the_reference(routing, dtype):
+@pytest.mark.parametrize("products", [None, "libraries_multiply", "bf16_is_widened"])
+def test_the_cpu_layer_is_the_reference(routing, dtype, products, request):
+    if products is not None:
+        request.getfixturevalue(products)
     assert_is_the_reference(routing, dtype)
 
 
@@ -58,7 +77,7 @@ def test_the_cpu_layer_is_the_reference(routing, dtype):
 @pytest.mark.parametrize(
     ("D", "F", "calls"), [(16, 24, 3), (8, 1, 1), (1, 8, 0), (1, 1, 0), (13, 7, 0)], ids=str
 )
-def test_experts_are_one_call_where_pytorch_takes_it(D, F, calls, dtype, monkeypatch):
+def test_experts_are_one_call_where_pytorch_takes_it(D, F, calls, dtype, monkeypatch, libraries_multiply):
     seen = []
 
     def spy(x_MI, *weights, **options):
@@ -178,7 +197,7 @@ def test_heights_are_few_and_little_above_the_rows():
 
 
 @pytest.mark.parametrize(("dtype", "few"), [(torch.bfloat16, True), (torch.float32, False)])
-def test_experts_have_few_heights_where_onednn_multiplies(dtype, few, monkeypatch):
+def test_experts_have_few_heights_where_onednn_multiplies(dtype, few, monkeypatch, libraries_multiply):
     monkeypatch.setattr(_cpu, "onednn_has_bf16", lambda: True)
     ends = torch.tensor([50, 50, 183, 183 + 341], dtype=torch.int32)
     blocks = make_blocks(torch.empty(600, 4, dtype=dtype), torch.empty(4, 4, 4, dtype=dtype), ends)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from close import assert_close_to_exact
-from expert_layers import ACTIVATIONS, NAMES, make_inputs
+from expert_layers import ACTIVATIONS, NAMES, dense_experts, make_inputs
 from inputs import PATTERNS, Routing, choose
 from moe_runtime_kernels import PackedExperts, expert_ffn, make_plan
 from moe_runtime_kernels.packed_experts import can_pack
@@ -32,10 +32,9 @@ def assert_is_the_layer(routing, dtype, activation="silu", gated=True, optional=
 
     def layer(wanted):
         values = {name: value.to(wanted) for name, value in inputs.items()}
-        options = {name: values.get(name) for name, _ in BIASES} | {"residual_TD": values.get("residual")}
-        operands = (values[name] for name in ("x", "gate_up", "down"))
-        gates = inputs["weight"].double() if wanted == torch.float64 else inputs["weight"]
-        return expert_ffn(*operands, gates, make_plan(expert_TK, routing.E), activation=activation, **options)
+        if wanted != torch.float64:
+            values["weight"] = inputs["weight"]
+        return dense_experts(expert_TK, activation, **values)
 
     assert_close_to_exact("y", actual, layer(dtype), layer(torch.float64))
 
