@@ -1,11 +1,17 @@
-"""`torch.nn.Linear`, and on some CPUs a faster float32 product for those who ask for it."""
+"""`torch.nn.Linear`, and on some CPUs a faster product: bfloat16 in inference, float32 for those who ask."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from moe_runtime_kernels._cpu import onednn_is_asked_for, onednn_product, product, weight_grad
+from moe_runtime_kernels._cpu import (
+    is_widened,
+    onednn_is_asked_for,
+    onednn_product,
+    product,
+    weight_grad,
+)
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -13,13 +19,17 @@ from torch.autograd.function import once_differentiable
 class Linear(nn.Linear):
     """x [..., I] -> x @ weight.T + bias [..., O].
 
-    Float32 products on the CPU, those of gradients too, may go through oneDNN after
+    On a CPU without instructions for bfloat16, its products without a gradient are multiplied in float32 and
+    rounded once. Float32 products on the CPU, those of gradients too, may go through oneDNN after
     `torch.set_float32_matmul_precision("high")`. A gradient then has no gradient of its own.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
+        rows = x.shape[:-1].numel()
+        if rows > 1 and not torch.is_grad_enabled() and is_widened(x, self.weight):
+            return product(x.reshape(rows, -1), self.weight, self.bias).view(*x.shape[:-1], -1)
         if torch.is_autocast_enabled("cpu") or not onednn_is_asked_for(x, self.weight):
             return super().forward(x)
         return _OneDNNLinear.apply(x, self.weight, self.bias)

@@ -119,9 +119,9 @@ def is_few(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> boo
 
 
 def is_widened(x: Tensor, weight: Tensor) -> bool:
-    """Whether `widened_product` is right and faster for these operands; it has no gradient."""
-    is_bf16 = x.is_cpu and x.dtype == weight.dtype == torch.bfloat16
-    return BF16_IS_WIDENED and is_bf16 and not _trains(x, weight)
+    """Whether `widened_product` is right and faster for these operands; it has no gradient and no trace."""
+    is_bf16 = x.dtype == weight.dtype == torch.bfloat16
+    return BF16_IS_WIDENED and is_bf16 and is_plain(x) and not _trains(x, weight)
 
 
 def _trains(*operands: Tensor | None) -> bool:

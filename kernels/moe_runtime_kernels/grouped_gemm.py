@@ -23,8 +23,16 @@ import torch
 from torch import Tensor
 
 from ._checks import FLOATS, check_apart, check_device, check_dims, check_dtype, check_same, check_shape
-from ._cpu import few_heights, is_widened, rows_product, widened_product
+from ._cpu import (
+    MOST_NATIVE_ROWS,
+    few_heights,
+    is_widened,
+    native_takes,
+    rows_product,
+    widened_product,
+)
 from ._dispatch import accumulator, cast_for_autocast, register_kernel, register_reference
+from ._native import grouped_rows
 from .permute import gather_rows_reference, scatter_rows_op
 from .plan import RoutingPlan, check_plan
 
@@ -120,15 +128,35 @@ def expert_slices(offset_E: Tensor) -> list[tuple[int, slice]]:
 def grouped_gemm_reference(
     x_NI: Tensor, weight_EOI: Tensor, offset_E: Tensor, bias_EO: Tensor | None = None
 ) -> Tensor:
+    experts = expert_slices(offset_E)
+    if native_takes(x_NI, weight_EOI, bias_EO):
+        return _native_grouped_gemm(x_NI, weight_EOI, bias_EO, experts)
     # unbind, not weight_EOI[e]: differentiated, each index would write a zero gradient of the whole stack
     matrices, biases = weight_EOI.unbind(0), None if bias_EO is None else bias_EO.unbind(0)
     parts = []
     used = 0
-    for e, rows in expert_slices(offset_E):
+    for e, rows in experts:
         parts.append(rows_product(x_NI, rows, matrices[e], None if biases is None else biases[e]))
         used = rows.stop
     parts.append(x_NI.new_zeros(x_NI.shape[0] - used, weight_EOI.shape[1]))
     return torch.cat(parts)
+
+
+def _native_grouped_gemm(
+    x_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, experts: list[tuple[int, slice]]
+) -> Tensor:
+    """All experts with few rows in one call, the others each by itself."""
+    most_rows = MOST_NATIVE_ROWS[x_NI.dtype]
+    out_NO = x_NI.new_empty(x_NI.shape[0], weight_EOI.shape[1])
+    few = []
+    for e, rows in experts:
+        if rows.stop - rows.start <= most_rows:
+            few.append((e, rows.start, rows.stop - rows.start))
+        else:
+            out_NO[rows] = rows_product(x_NI, rows, weight_EOI[e], None if bias_EO is None else bias_EO[e])
+    grouped_rows(x_NI, weight_EOI, bias_EO, few, out_NO)
+    out_NO[experts[-1][1].stop if experts else 0 :] = 0
+    return out_NO
 
 
 def gathered_grouped_gemm_reference(

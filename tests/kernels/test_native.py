@@ -11,6 +11,7 @@ import torch
 from moe_runtime_kernels import _cpu, _native
 from moe_runtime_kernels._cpu import native_product, product
 from moe_runtime_kernels._native import BLOCK_ROWS, grouped_rows, library
+from moe_runtime_kernels.grouped_gemm import grouped_gemm_reference
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -88,6 +89,20 @@ def test_parts_are_written_and_nothing_else(dtype):
         untouched[mine, 6:24] = False
     assert (out[untouched] == 7).all()
     grouped_rows(x, weight, bias, [], out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grouped_products_of_few_and_many_rows(dtype):
+    counts = [3, 0, 300, 1, 40]
+    offset = torch.tensor(counts).cumsum(0).int()
+    x, weight = random(sum(counts) + 6, 40, dtype=dtype), random(5, 18, 40, seed=1, dtype=dtype)
+    bias = random(5, 18, seed=2, dtype=dtype)
+    out = grouped_gemm_reference(x, weight, offset, bias)
+    for e, (end, count) in enumerate(zip(offset.tolist(), counts, strict=True)):
+        rows = slice(end - count, end)
+        assert_is_the_product(out[rows], x[rows], weight[e], bias[e])
+    assert (out[sum(counts) :] == 0).all()
+    assert (grouped_gemm_reference(x, weight, offset * 0) == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,6 +5,7 @@ import torch
 from close import assert_close_to_exact
 from moe_runtime_kernels import _cpu
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from moe_runtime import linear
 from moe_runtime.linear import Linear, precise_products
@@ -63,6 +64,35 @@ def test_a_vector_has_its_gradients(used):
     assert used == [(24,)]
     torch.testing.assert_close(weight, x.expand(16, 24))
     torch.testing.assert_close(bias, torch.ones(16))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("few", [False, True])
+def test_bfloat16_is_widened_where_it_has_no_instructions(bias, few, monkeypatch):
+    """Several rows of inference; one row, training and what is traced are PyTorch's."""
+    shapes = []
+
+    def spy(x_MI, weight_OI, bias_O):
+        shapes.append(tuple(x_MI.shape))
+        return _cpu.product(x_MI, weight_OI, bias_O)
+
+    monkeypatch.setattr(linear, "product", spy)
+    monkeypatch.setattr(_cpu, "BF16_IS_WIDENED", True)
+    if not few:
+        monkeypatch.setattr(_cpu, "MOST_NATIVE_ROWS", {})
+    layer, x = Linear(24, 16, bias=bias, dtype=torch.bfloat16), torch.randn(2, 5, 24).bfloat16()
+    exact = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    with torch.no_grad():
+        assert_close_to_exact("y", layer(x), nn.functional.linear(x, layer.weight, layer.bias), exact)
+        assert shapes == [(10, 24)]
+        layer(x[:1, :1])
+        torch.vmap(layer)(x)
+        with FlopCounterMode(display=False) as counter:
+            layer(x)
+    assert counter.get_total_flops() == 2 * 10 * 24 * 16
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    assert shapes == [(10, 24)]
 
 
 def test_autocast_is_pytorchs(used):
