@@ -36,7 +36,7 @@ setup(
     package_dir={"moe_runtime_kernels": "kernels/moe_runtime_kernels"},
     package_data={
         "moe_runtime_kernels": ["py.typed"],
-        "moe_runtime_kernels._native": ["grouped_rows.c"],
+        "moe_runtime_kernels._native": ["*.c"],
         "moe_runtime": ["py.typed"],
         "moe_runtime.flan": ["example.yaml"],
         "moe_runtime.train": ["example.yaml"],

@@ -26,7 +26,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ._dispatch import is_plain
-from ._native import grouped_rows, library, processor_flags
+from ._native import grouped_rows, processor_flags, rows_function
 
 
 def _onednn_is_faster() -> bool:
@@ -109,7 +109,7 @@ def native_takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and weight.numel() > 0
         and (bias is None or (bias.dtype == x.dtype and bias.stride(-1) == 1))
         and not _trains(x, weight, bias)
-        and library(x.dtype) is not None
+        and rows_function(x.dtype) is not None
     )
 
 

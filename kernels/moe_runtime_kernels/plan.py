@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _native
 from ._checks import INTEGERS, check_device, check_dims, check_dtype, check_shape
-from ._dispatch import register_kernel, register_reference
+from ._dispatch import is_plain, register_kernel, register_reference
 
 TILE_HEIGHTS = (16, 32, 64, 128)  # each twice the one before: the kernel relies on it
 MAX_EXPERTS = 1024  # a program of the kernel holds the counts of all experts
@@ -62,10 +63,9 @@ def _(expert, num_experts):
     return row, *parts, row.new_empty(len(TILE_HEIGHTS), num_experts)
 
 
-# --- reference: the definition, in the plainest PyTorch; also the CPU path --------------
+# --- reference: the definition, in the plainest PyTorch ---------------------------------
 
 
-@register_reference("moe_runtime::make_plan")
 def make_plan_reference(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, K = expert_TK.shape
     expert_N, device = expert_TK.flatten(), expert_TK.device
@@ -87,6 +87,15 @@ def make_plan_reference(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Te
         dropped_N = sorted_N == num_experts
         slot_N, token_N = slot_N.masked_fill(dropped_N, -1), token_N.masked_fill(dropped_N, -1)
     return row_N.view(T, K), token_N, slot_N, offset_E, tiles_ME.cumsum(1, dtype=torch.int32)
+
+
+# --- CPU: compiled where it can be ------------------------------------------------------
+
+
+@register_reference("moe_runtime::make_plan")
+def _make_plan_cpu(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    parts = _native.plan(expert_TK, num_experts, TILE_HEIGHTS) if is_plain(expert_TK) else None
+    return make_plan_reference(expert_TK, num_experts) if parts is None else parts
 
 
 # --- GPU: Triton is imported by the first launch, never by `import` ---------------------

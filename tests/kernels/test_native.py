@@ -10,13 +10,14 @@ import pytest
 import torch
 from moe_runtime_kernels import _cpu, _native
 from moe_runtime_kernels._cpu import native_product, product
-from moe_runtime_kernels._native import BLOCK_ROWS, grouped_rows, library
+from moe_runtime_kernels._native import BLOCK_ROWS, grouped_rows, load, rows_function
 from moe_runtime_kernels.grouped_gemm import grouped_gemm_reference
+from moe_runtime_kernels.plan import MAX_EXPERTS, TILE_HEIGHTS, make_plan_reference
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 pytestmark = pytest.mark.skipif(
-    library(torch.bfloat16) is None, reason="needs an x86 processor with AVX2, Linux and a C compiler"
+    rows_function(torch.bfloat16) is None, reason="needs an x86 processor with AVX2, Linux and a C compiler"
 )
 DTYPES = [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float32, id="fp32")]
 BUILDS = [
@@ -30,10 +31,10 @@ BUILDS = [
 
 
 @pytest.fixture(autouse=True)
-def fresh_library():
-    library.cache_clear()
+def fresh_functions():
+    load.cache_clear()
     yield
-    library.cache_clear()
+    load.cache_clear()
 
 
 @pytest.fixture(params=BUILDS)
@@ -202,7 +203,7 @@ def in_new_process(code, **environment):
     return run
 
 
-ASK = "from moe_runtime_kernels import _native; print(_native.library(torch.bfloat16) is not None)"
+ASK = "from moe_runtime_kernels import _native; print(_native.rows_function(torch.bfloat16) is not None)"
 
 
 def test_it_can_be_turned_off():
@@ -235,7 +236,7 @@ def test_a_build_that_fails_is_told_once(breaks, tmp_path, monkeypatch):
         monkeypatch.setenv("MOE_RUNTIME_CACHE", str(tmp_path / "file" / "folder"))
         said = "Not a directory"
     with pytest.warns(UserWarning, match=said):
-        assert library(torch.bfloat16) is None
+        assert rows_function(torch.bfloat16) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         x, weight = (random(*size, dtype=torch.bfloat16) for size in ((2, 40), (6, 40)))
@@ -252,8 +253,8 @@ def test_it_is_compiled_once(tmp_path, monkeypatch):
     recorder.chmod(0o755)
     monkeypatch.setenv("CC", str(recorder))
     for _ in range(2):
-        assert library(torch.float32) is not None
-        library.cache_clear()
+        assert rows_function(torch.float32) is not None
+        load.cache_clear()
     assert log.read_text().splitlines() == ["--version", _native.FLAGS[0], "--version"]
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".so"]
 
@@ -268,4 +269,25 @@ print(len(set(re.findall(r"/\\S*lib(?:gomp|iomp5|omp)\\b\\S*", text))))"""
 
 
 def test_the_source_has_the_same_blocks():
-    assert f"BLOCK_ROWS = {BLOCK_ROWS}," in _native.SOURCE.read_text()
+    assert f"BLOCK_ROWS = {BLOCK_ROWS}," in (_native.FOLDER / "grouped_rows.c").read_text()
+    assert f"MOST_EXPERTS = {MAX_EXPERTS} " in (_native.FOLDER / "plan.c").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("T", "K", "E"), [(0, 2, 3), (1, 1, 1), (1, 8, 64), (7, 3, 5), (300, 4, 20), (50, 2, MAX_EXPERTS)]
+)
+def test_plans_are_the_reference(T, K, E, dtype):
+    g = torch.Generator().manual_seed(0)
+    for low, high in [(0, E), (-2, E + 3), (E, E + 1)]:  # all kept, some dropped, all dropped
+        expert = torch.randint(low, high, (K, T), generator=g, dtype=dtype).t()
+        if dtype == torch.int64 and T:
+            expert[0, 0] = 2**40
+        parts = _native.plan(expert, E, TILE_HEIGHTS)
+        for actual, expected in zip(parts, make_plan_reference(expert, E), strict=True):
+            assert actual.dtype == torch.int32
+            assert torch.equal(actual, expected)
+
+
+def test_more_experts_than_it_has_places_for_are_not_counted():
+    assert _native.plan(torch.zeros(1, 1, dtype=torch.int64), MAX_EXPERTS + 1, TILE_HEIGHTS) is None

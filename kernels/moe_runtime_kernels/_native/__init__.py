@@ -14,20 +14,36 @@ import struct
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("grouped_rows.c")
-BLOCK_ROWS = 32  # of the source
+FOLDER = Path(__file__).parent
+BLOCK_ROWS = 32  # of grouped_rows.c
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 DTYPE_FLAGS: dict[torch.dtype, tuple[str, ...]] = {torch.bfloat16: (), torch.float32: ("-DFLOAT32",)}
 SECONDS = 60  # that the compiler may take
 _Part = tuple[int, int, int]
+_pointer, _size, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+# of each source, its function and the types of its arguments
+_FUNCTIONS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "grouped_rows.c": (
+        "moe_runtime_grouped_rows",
+        (
+            *(_pointer, _size, _pointer, _size, _size, _pointer, _size, _pointer, _size),
+            *(ctypes.c_char_p, _size, _size, _size, _int),
+        ),
+    ),
+    "plan.c": (
+        "moe_runtime_plan",
+        (_pointer, _int, *(_size,) * 3, *(_pointer,) * 5, ctypes.c_char_p, _size),
+    ),
+}
 
 
 @cache
@@ -40,33 +56,32 @@ def processor_flags() -> frozenset[str]:
 
 
 @cache
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The code compiled for a dtype, or None where it cannot be; a warning has said why if it should."""
-    if (
-        dtype not in DTYPE_FLAGS
-        or os.environ.get("MOE_RUNTIME_NATIVE", "1") == "0"
-        or platform.machine() != "x86_64"
-    ):
+def load(source: str, *flags: str) -> Callable[..., int] | None:
+    """The function of a source, or None where it cannot be had; a warning has said why if it should."""
+    if os.environ.get("MOE_RUNTIME_NATIVE", "1") == "0" or platform.machine() != "x86_64":
         return None
     openmp, compiler = _loaded_openmp(), _compiler()
     if openmp is None or compiler is None or not {"avx2", "fma"} <= processor_flags():
         return None
     try:
-        loaded = ctypes.CDLL(str(_built(compiler, (*FLAGS, *DTYPE_FLAGS[dtype]), openmp)))
+        library = ctypes.CDLL(str(_built(FOLDER / source, compiler, (*FLAGS, *flags), openmp)))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         warnings.warn(
-            f"moe_runtime: {compiler} could not build {SOURCE.name}, so that PyTorch's slower products serve "
-            f"an expert's few rows; MOE_RUNTIME_NATIVE=0 turns this off. It said: {said.strip()}",
+            f"moe_runtime: {compiler} could not build {source}, so that PyTorch's slower operations serve "
+            f"instead; MOE_RUNTIME_NATIVE=0 turns this off. It said: {said.strip()}",
             stacklevel=2,
         )
         return None
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    loaded.moe_runtime_grouped_rows.argtypes = [
-        *(pointer, size, pointer, size, size, pointer, size, pointer, size),
-        *(ctypes.c_char_p, size, size, size, ctypes.c_int32),
-    ]
-    return loaded
+    name, types = _FUNCTIONS[source]
+    function = library[name]
+    function.argtypes = types
+    return function
+
+
+def rows_function(dtype: torch.dtype) -> Callable[..., int] | None:
+    """The products of `grouped_rows` for a dtype, or None."""
+    return load("grouped_rows.c", *DTYPE_FLAGS[dtype]) if dtype in DTYPE_FLAGS else None
 
 
 def _compiler() -> str | None:
@@ -84,18 +99,18 @@ def _loaded_openmp() -> str | None:
     return found[0] if found else None
 
 
-def _built(compiler: str, flags: Sequence[str], openmp: str) -> Path:
+def _built(source: Path, compiler: str, flags: Sequence[str], openmp: str) -> Path:
     """The library, from the cache or compiled now."""
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, timeout=SECONDS, check=True
     )
-    what = (SOURCE.read_text(encoding="utf-8"), flags, version.stdout, openmp, sorted(processor_flags()))
-    name = f"{SOURCE.stem}-{sha256(repr(what).encode()).hexdigest()[:16]}.so"
+    what = (source.read_text(encoding="utf-8"), flags, version.stdout, openmp, sorted(processor_flags()))
+    name = f"{source.stem}-{sha256(repr(what).encode()).hexdigest()[:16]}.so"
     folder = _cache_folder()
     if not (folder / name).exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             out = Path(scratch) / name
-            command = [compiler, *flags, str(SOURCE), "-o", str(out), openmp]
+            command = [compiler, *flags, str(source), "-o", str(out), openmp]
             subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
             out.replace(folder / name)  # whole or not at all, whoever else compiles it now
     return folder / name
@@ -120,14 +135,14 @@ def grouped_rows(
             side by side, rows at any distance.
         parts: (expert, its first row, number of rows).
     """
-    compiled = library(x_RI.dtype)
-    assert compiled is not None
+    function = rows_function(x_RI.dtype)
+    assert function is not None
     table: list[int] = []
     for expert, first, rows in parts:
         for start in range(first, first + rows, BLOCK_ROWS):
             table += (expert, start, min(BLOCK_ROWS, first + rows - start))
     _, O, I = weight_EOI.shape
-    failed = compiled.moe_runtime_grouped_rows(
+    failed = function(
         *(x_RI.data_ptr(), x_RI.stride(0)),
         *(weight_EOI.data_ptr(), weight_EOI.stride(0), weight_EOI.stride(1)),
         *((None, 0) if bias_EO is None else (bias_EO.data_ptr(), bias_EO.stride(0))),
@@ -136,3 +151,24 @@ def grouped_rows(
     )
     if failed:
         raise MemoryError(f"grouped_rows: no memory for {BLOCK_ROWS} rows of {I} values in float32")
+
+
+def plan(
+    expert_TK: Tensor, num_experts: int, heights: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """The parts of a routing plan, int32, or None without compiled code; `expert_TK` is on the CPU."""
+    function = load("plan.c")
+    if function is None:
+        return None
+    expert_N = expert_TK.flatten()
+    N, E = expert_N.shape[0], num_experts
+    row_TK = expert_N.new_empty(expert_TK.shape, dtype=torch.int32)
+    token_N, slot_N, offset_E = (row_TK.new_empty(size) for size in (N, N, E))
+    tile_end_ME = row_TK.new_empty(len(heights), E)
+    parts = (row_TK, token_N, slot_N, offset_E, tile_end_ME)
+    failed = function(
+        *(expert_N.data_ptr(), expert_N.dtype == torch.int64, N, expert_TK.shape[1], E),
+        *(part.data_ptr() for part in parts),
+        *(struct.pack(f"{len(heights)}i", *heights), len(heights)),
+    )
+    return None if failed else parts
