@@ -6,7 +6,9 @@ Each choice is one row, so that nothing is sorted and nothing gathered: with few
 around the products is more than the products.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from ._cpu import native_takes, onednn_takes, product
 from ._cpu_experts import few_rows_product
 from ._dispatch import accumulator, is_plain
 from ._native import grouped_rows
-from .plan import MAX_EXPERTS
+from .plan import MAX_EXPERTS, RoutingPlan
 
 
 def one_token_ffn(  # noqa: PLR0913 - the operands and options of expert_ffn
@@ -43,14 +45,32 @@ def one_token_ffn(  # noqa: PLR0913 - the operands and options of expert_ffn
     is_one = is_plain(x_TD) and x_TD.shape[0] == 1
     if not is_one or activation not in ACTIVATIONS or not _is_layer(operands, expert_TK):
         return None
-    E, D, F = down_EDF.shape
-    chosen, acc = expert_TK[0].tolist(), accumulator(x_TD.dtype)
+    return _one_token(operands, expert_TK[0].tolist(), activation)
+
+
+def one_planned_token(
+    operands: tuple[Tensor | None, ...], plan: RoutingPlan, activation: str
+) -> Tensor | None:
+    """The same for the checked operands of the operation and their plan of one plain token."""
+    x_TD, gate_up, down, gate_up_bias, down_bias, weight_TK, residual_TD = operands
+    operands = (x_TD, weight_TK, gate_up, down, gate_up_bias, down_bias, residual_TD)
+    if not _is_layer(operands, plan.row_TK):
+        return None
+    ends, E = plan.offset_E.tolist(), plan.offset_E.shape[0]
+    chosen = [E if row < 0 else bisect_right(ends, row) for row in plan.row_TK[0].tolist()]
+    return _one_token(operands, chosen, activation)
+
+
+def _one_token(operands: Sequence[Any], chosen: Sequence[int], activation: str) -> Tensor:
+    """For operands of a layer; ids outside 0..E-1 add nothing."""
+    x_TD, weight_TK, gate_up_EGD, down_EDF, gate_up_bias, down_bias, residual_TD = operands
+    (E, D, _), acc = down_EDF.shape, accumulator(x_TD.dtype)
     kept = [e for e in chosen if 0 <= e < E]
     x_KD = [x_TD] * len(kept)
     y_KD = x_TD.new_zeros(len(chosen), D)  # of a choice that is dropped
     if kept:
         h_KG = _products(x_KD, gate_up_EGD, gate_up_bias, kept)
-        a_KF = activate(h_KG.to(acc), F, activation).to(x_TD.dtype)
+        a_KF = activate(h_KG.to(acc), down_EDF.shape[2], activation).to(x_TD.dtype)
         rows_KD = _products(a_KF.split(1), down_EDF, down_bias, kept)
         if len(kept) == len(chosen):
             y_KD = rows_KD

@@ -28,7 +28,8 @@ from torch import Tensor
 from ._activations import ACTIVATIONS, activate, activate_backward
 from ._checks import FLOATS, check_choice, check_device, check_dims, check_dtype, check_same, check_shape
 from ._cpu_experts import expert_ffn_backward_blocks, expert_ffn_blocks
-from ._dispatch import accumulator, cast_for_autocast, register_kernel, register_reference
+from ._cpu_one_token import one_planned_token
+from ._dispatch import accumulator, cast_for_autocast, is_plain, register_kernel, register_reference
 from .combine import check_gates, combine_reference
 from .grouped_gemm import (
     add_weight_grad_reference,
@@ -326,6 +327,10 @@ def expert_ffn(  # noqa: PLR0913 - a whole layer: its weights, its routing, its 
     if torch.is_grad_enabled() and differentiable:
         options = (activation, recompute, gate_up_main_grad, down_main_grad)
         return _ExpertFFN.apply(*operands, *plan, *options)
+    if T == 1 and is_plain(x_TD) and is_plain(plan.row_TK):
+        y_1D = one_planned_token(operands, plan, activation)
+        if y_1D is not None:
+            return y_1D
     y_TD, _ = _expert_ffn(*operands, *plan, activation, False)
     return y_TD
 

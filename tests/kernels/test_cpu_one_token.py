@@ -1,12 +1,14 @@
 """One token through its experts on a CPU without a plan: the bits of expert_ffn, and only where it may."""
 
+import sys
+
 import pytest
 import torch
 from close import assert_close_to_exact
 from expert_layers import ACTIVATIONS, dense_experts, layer, make_inputs
 from inputs import DTYPES, Routing, choose
 from moe_runtime_kernels import make_plan
-from moe_runtime_kernels._cpu_one_token import one_token_ffn
+from moe_runtime_kernels._cpu_one_token import one_planned_token, one_token_ffn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -15,6 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 OPTIONAL = ("gate_up_bias", "down_bias", "residual")
 ROUTING = Routing(1, 3, 8)
 EXPERT_TK = torch.tensor([[6, 0, 3]], dtype=torch.int32)
+
+
+@pytest.fixture(autouse=True)
+def layers_run_the_operation(monkeypatch):
+    """`expert_ffn` of one token would take the same way as what is compared with it."""
+    monkeypatch.setattr(sys.modules["moe_runtime_kernels.expert_ffn"], "one_planned_token", lambda *_: None)
 
 
 def on_cpu(routing=ROUTING, dtype=torch.float32, **options):
@@ -74,6 +82,23 @@ def test_a_fused_residual_keeps_its_dtype():
     actual = one_token(EXPERT_TK, **inputs)
     assert actual.dtype == torch.float32
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("chosen", [[6, 0, 3], [8, 5, -1], [8, -1, 9]], ids=str)
+def test_a_planned_token_takes_the_same_way(chosen, monkeypatch):
+    expert_TK, inputs, calls = torch.tensor([chosen]), on_cpu(optional=OPTIONAL), []
+    expected = one_token(expert_TK, **inputs)
+
+    def spy(*arguments):
+        calls.append(one_planned_token(*arguments))
+        return calls[-1]
+
+    monkeypatch.setattr(sys.modules["moe_runtime_kernels.expert_ffn"], "one_planned_token", spy)
+    actual = layer(make_plan(expert_TK, 8))(**inputs)
+    assert actual is calls[0]
+    assert torch.equal(actual, expected)
+    layer(make_plan(expert_TK, 8))(**{name: tensor.requires_grad_() for name, tensor in inputs.items()})
+    assert len(calls) == 1
 
 
 def test_inputs_are_left_as_they_are():
