@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._dispatch import is_plain
 from ._native import grouped_rows, processor_flags, rows_function
@@ -98,16 +98,15 @@ def onednn_product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -
 def native_takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `grouped_rows` multiplies such rows and matrices, if they are few.
 
-    It reads memory: operands are plain tensors, and there is no gradient.
+    It reads memory: operands are plain tensors that fit each other, and there is no gradient.
     """
     return (
-        is_plain(x)
-        and x.dtype == weight.dtype
-        and x.dtype in MOST_NATIVE_ROWS
+        x.dtype in MOST_NATIVE_ROWS
+        and _are_plain(x, weight, bias)
         and x.stride(-1) == weight.stride(-1) == 1
         and x.numel() > 0
         and weight.numel() > 0
-        and (bias is None or (bias.dtype == x.dtype and bias.stride(-1) == 1))
+        and (bias is None or (bias.shape[-1] == weight.shape[-2] and bias.stride(-1) == 1))
         and not _trains(x, weight, bias)
         and rows_function(x.dtype) is not None
     )
@@ -115,13 +114,25 @@ def native_takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 def is_few(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> bool:
     """Whether these rows are so few that `native_product` is the fastest; it has no gradient."""
-    return x_MI.shape[0] <= MOST_NATIVE_ROWS.get(x_MI.dtype, 0) and native_takes(x_MI, weight_OI, bias_O)
+    # the number of rows is looked at last: where it is traced, nothing may depend on it
+    return native_takes(x_MI, weight_OI, bias_O) and x_MI.shape[0] <= MOST_NATIVE_ROWS[x_MI.dtype]
 
 
-def is_widened(x: Tensor, weight: Tensor) -> bool:
+def is_widened(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `widened_product` is right and faster for these operands; it has no gradient and no trace."""
     is_bf16 = x.dtype == weight.dtype == torch.bfloat16
-    return BF16_IS_WIDENED and is_bf16 and is_plain(x) and not _trains(x, weight)
+    return BF16_IS_WIDENED and is_bf16 and _are_plain(x, weight, bias) and not _trains(x, weight, bias)
+
+
+def _are_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are tensors in the CPU's memory, of one dtype, whose last axes fit."""
+    given = (x, weight) if bias is None else (x, weight, bias)
+    return (
+        is_plain(x)
+        and all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype == x.dtype for t in given)
+        and all(t.layout == torch.strided and not t.is_neg() for t in given)
+        and x.shape[-1] == weight.shape[-1]
+    )
 
 
 def _trains(*operands: Tensor | None) -> bool:
@@ -156,7 +167,7 @@ def product(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
     if x_MI.is_cpu and not _trains(bias_O):
         if x_MI.dim() == 2 and is_few(x_MI, weight_OI, bias_O):
             return native_product(x_MI, weight_OI, bias_O)
-        if x_MI.dim() == 2 and is_widened(x_MI, weight_OI):
+        if x_MI.dim() == 2 and is_widened(x_MI, weight_OI, bias_O):
             return widened_product(x_MI, weight_OI, bias_O)
         if onednn_takes(x_MI, weight_OI):
             return onednn_product(x_MI, weight_OI, bias_O)
@@ -185,7 +196,7 @@ def few_heights(x_NI: Tensor, rows: slice) -> Tensor:
 def weight_grad(grad_MO: Tensor, x_MI: Tensor) -> Tensor:
     """grad.T @ x [O, I], the gradient of the weight of `product`, without autograd."""
     x_IM = x_MI.t()
-    if is_widened(grad_MO, x_MI):
+    if is_widened(grad_MO.t(), x_IM):
         return widened_product(grad_MO.t(), x_IM)
     if onednn_takes(grad_MO, x_IM):
         return onednn_product(grad_MO.t(), x_IM)  # columns that lie apart it packs itself

@@ -436,7 +436,7 @@ def _weight_grad(
         return
     dweight_nOI = dweight_EOI[group.experts]
     out_nOI = dweight_nOI if dweight_nOI.dtype == x_RI.dtype else scratch.like(dweight_nOI)
-    if len(out_nOI) == 1 and is_widened(grad_RO, x_RI):
+    if len(out_nOI) == 1 and is_widened(grad_RO.t(), x_RI.t()):
         widened_product(grad_RO.t(), x_RI.t(), out_MO=out_nOI[0])
     elif len(out_nOI) == 1:  # faster than a batch of one; for float32, than oneDNN and a copy of its result
         torch.mm(grad_RO.t(), x_RI, out=out_nOI[0])

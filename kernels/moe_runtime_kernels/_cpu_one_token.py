@@ -37,9 +37,9 @@ def one_token_ffn(  # noqa: PLR0913 - the operands and options of expert_ffn
     """What `expert_ffn` returns with `make_plan(expert_TK, E)`, or None for calls of another kind.
 
     It serves one token on a CPU without gradient, autocast and compilation, if all operands are plain tensors
-    with the shapes and dtypes of a layer. The bits are those of `expert_ffn` too; without compiled products
-    (`_native`), unless rows are not whole multiples of 64 bytes, or a library sums a batch of matrices in
-    another order.
+    with the shapes and dtypes of a layer. The bits are those of `expert_ffn` too, also for this token among
+    so few others that compiled products (`_native`) serve them all; without those, unless rows are not whole
+    multiples of 64 bytes, or a library sums a batch of matrices in another order.
     """
     operands = (x_TD, weight_TK, gate_up_EGD, down_EDF, gate_up_bias, down_bias, residual_TD)
     is_one = is_plain(x_TD) and x_TD.shape[0] == 1

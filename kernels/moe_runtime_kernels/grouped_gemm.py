@@ -175,7 +175,7 @@ def weight_grad_reference(grad_NO: Tensor, x_NI: Tensor, offset_E: Tensor) -> Te
     dweight_EOI = torch.zeros(E, O, I, dtype=x_NI.dtype, device=x_NI.device)
     for e, rows in expert_slices(offset_E):
         grad_MO, x_MI = few_heights(grad_NO, rows), few_heights(x_NI, rows)
-        if is_widened(grad_MO, x_MI):
+        if is_widened(grad_MO.t(), x_MI.t()):
             widened_product(grad_MO.t(), x_MI.t(), out_MO=dweight_EOI[e])
         else:
             torch.mm(grad_MO.t(), x_MI, out=dweight_EOI[e])

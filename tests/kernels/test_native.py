@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,6 +176,14 @@ def test_only_what_it_can_is_taken():
     assert not _cpu.native_takes(x, weight.clone().requires_grad_())
     with torch.no_grad():
         assert _cpu.native_takes(x, weight.clone().requires_grad_())
+    with torch.no_grad():
+        assert not _cpu.native_takes(x, weight.to("meta"))
+        assert not _cpu.native_takes(x, torch._neg_view(weight))
+        assert not _cpu.native_takes(x, random(8, 64))  # longer rows than x has
+        assert not _cpu.native_takes(x, weight.to_sparse())
+    assert not _cpu.native_takes(x, weight, random(1))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        product(x, random(8, 64))
     assert not _cpu.is_few(random(_cpu.MOST_NATIVE_ROWS[torch.float32] + 1, 32), weight)
 
 
@@ -259,13 +269,75 @@ def test_it_is_compiled_once(tmp_path, monkeypatch):
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".so"]
 
 
-def test_there_is_one_openmp():
-    code = f"""{ASK}
-from pathlib import Path
-import re
-text = Path("/proc/self/maps").read_text()
-print(len(set(re.findall(r"/\\S*lib(?:gomp|iomp5|omp)\\b\\S*", text))))"""
-    assert in_new_process(code).stdout.split() == ["True", "1"]
+def test_a_damaged_or_foreign_file_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_RUNTIME_CACHE", str(tmp_path))
+    x, weight = random(2, 40), random(6, 40)
+    native_product(x, weight)
+    (kept,) = tmp_path.iterdir()
+    foreign = tmp_path / "foreign.so"
+    subprocess.run(["gcc", "-shared", "-o", foreign, "-x", "c", "/dev/null"], check=True)
+    for content in (b"", foreign.read_bytes()):
+        kept.unlink()
+        kept.write_bytes(content)
+        load.cache_clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert_is_the_product(native_product(x, weight), x, weight)
+
+
+def test_a_cache_beside_the_caller(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOE_RUNTIME_CACHE", ".")
+    assert rows_function(torch.float32) is not None
+
+
+def test_no_home_is_no_exception(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    for name in ("MOE_RUNTIME_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.warns(UserWarning, match="home directory"):
+        assert rows_function(torch.float32) is None
+
+
+def test_it_runs_on_pytorchs_openmp_whatever_else_is_loaded(tmp_path):
+    code = f"""
+import ctypes, shutil
+first = ctypes.CDLL({str(tmp_path / "libgomp-other.so")!r})
+{ASK}
+print(_native._pytorchs_openmp())"""
+    theirs = Path(_native._pytorchs_openmp())
+    if not theirs.name.startswith("libgomp"):
+        pytest.skip("PyTorch runs on another OpenMP")
+    shutil.copy(theirs, tmp_path / "libgomp-other.so")
+    answer, used = in_new_process(code).stdout.split()
+    assert answer == "True"
+    assert Path(used).resolve() == theirs.resolve()
+    for path in Path("/proc/self/maps").read_text().split():
+        if "grouped_rows" in path:
+            needed = subprocess.run(["ldd", path], capture_output=True, text=True, check=True).stdout
+            assert "libgomp-other" not in needed
+
+
+def test_threads_that_end_leave_no_memory():
+    x, weight = random(4, 8192), random(8, 8192)
+    native_product(x, weight)
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def run(count):
+        for _ in range(count):
+            thread = threading.Thread(target=native_product, args=(x, weight))
+            thread.start()
+            thread.join()
+
+    run(20)
+    before = resident()
+    run(100)  # of which each would keep 1 MiB
+    assert resident() - before < 30 * 2**20
 
 
 def test_the_source_has_the_same_blocks():

@@ -60,12 +60,19 @@ def load(source: str, *flags: str) -> Callable[..., int] | None:
     """The function of a source, or None where it cannot be had; a warning has said why if it should."""
     if os.environ.get("MOE_RUNTIME_NATIVE", "1") == "0" or platform.machine() != "x86_64":
         return None
-    openmp, compiler = _loaded_openmp(), _compiler()
+    openmp = _pytorchs_openmp()
+    compiler = None if openmp is None else _compiler(openmp)
     if openmp is None or compiler is None or not {"avx2", "fma"} <= processor_flags():
         return None
+    command, name = [compiler, *FLAGS, *flags, str(FOLDER / source), openmp], _FUNCTIONS[source][0]
     try:
-        library = ctypes.CDLL(str(_built(FOLDER / source, compiler, (*FLAGS, *flags), openmp)))
-    except (OSError, subprocess.SubprocessError) as error:
+        path = _kept(command)
+        try:
+            function = ctypes.CDLL(str(path))[name]
+        except (OSError, AttributeError):  # damaged, or of another machine
+            path.unlink(missing_ok=True)
+            function = ctypes.CDLL(str(_kept(command)))[name]
+    except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         warnings.warn(
             f"moe_runtime: {compiler} could not build {source}, so that PyTorch's slower operations serve "
@@ -73,9 +80,7 @@ def load(source: str, *flags: str) -> Callable[..., int] | None:
             stacklevel=2,
         )
         return None
-    name, types = _FUNCTIONS[source]
-    function = library[name]
-    function.argtypes = types
+    function.argtypes = _FUNCTIONS[source][1]
     return function
 
 
@@ -84,43 +89,70 @@ def rows_function(dtype: torch.dtype) -> Callable[..., int] | None:
     return load("grouped_rows.c", *DTYPE_FLAGS[dtype]) if dtype in DTYPE_FLAGS else None
 
 
-def _compiler() -> str | None:
-    named = os.environ.get("CC")
-    return next(
-        (found for name in (named, "gcc", "clang", "cc") if name and (found := shutil.which(name))), None
+def _compiler(openmp: str) -> str | None:
+    """CC, or the first of the usual ones that compiles for the OpenMP at hand: Clang has none for GCC's."""
+    is_gnus = Path(openmp).name.startswith("libgomp")
+    for name in (os.environ.get("CC"), "gcc", "cc", *(() if is_gnus else ("clang",))):
+        found = shutil.which(name) if name else None
+        if found and not (is_gnus and "clang" in Path(found).resolve().name):
+            return found
+    return None
+
+
+class _SymbolInfo(ctypes.Structure):
+    """What dladdr says of an address."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("symbol", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
     )
 
 
-def _loaded_openmp() -> str | None:
-    """The path of PyTorch's own OpenMP: with another one there would be two teams of threads."""
-    maps = Path("/proc/self/maps")
-    text = maps.read_text(encoding="utf-8") if maps.exists() else ""
-    found = re.search(r"/\S*/lib(?:gomp|iomp5|omp)\b[^/\n]*\.so[^/\n]*$", text, re.MULTILINE)
-    return found[0] if found else None
+def _pytorchs_openmp() -> str | None:
+    """The path of the OpenMP that PyTorch runs on: another, if loaded, has a team of its own."""
+    found = _SymbolInfo()
+    try:
+        threads = ctypes.CDLL(
+            str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+        ).omp_get_max_threads
+        is_known = ctypes.CDLL(None).dladdr(threads, ctypes.byref(found))
+    except (OSError, AttributeError):
+        return None
+    return os.fsdecode(found.file) if is_known and found.file else None
 
 
-def _built(source: Path, compiler: str, flags: Sequence[str], openmp: str) -> Path:
-    """The library, from the cache or compiled now."""
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, timeout=SECONDS, check=True
-    )
-    what = (source.read_text(encoding="utf-8"), flags, version.stdout, openmp, sorted(processor_flags()))
-    name = f"{source.stem}-{sha256(repr(what).encode()).hexdigest()[:16]}.so"
+def _kept(command: Sequence[str]) -> Path:
+    """What the command compiles, from the cache or made now."""
+    compiler, *_, source, _ = command
+    version = _run([compiler, "--version"])
+    what = (Path(source).read_text(encoding="utf-8"), command[1:], version, sorted(processor_flags()))
     folder = _cache_folder()
-    if not (folder / name).exists():
+    kept = folder / f"{Path(source).stem}-{sha256(repr(what).encode()).hexdigest()[:16]}.so"
+    if not kept.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            out = Path(scratch) / name
-            command = [compiler, *flags, str(source), "-o", str(out), openmp]
-            subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
-            out.replace(folder / name)  # whole or not at all, whoever else compiles it now
-    return folder / name
+            made = Path(scratch) / kept.name
+            _run([*command, "-o", str(made)])
+            with made.open("rb+") as file:
+                os.fsync(file.fileno())
+            made.replace(kept)  # whole or not at all, whoever else compiles it now
+    return kept
+
+
+def _run(command: Sequence[str]) -> str:
+    run = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS, check=True
+    )
+    return run.stdout
 
 
 def _cache_folder() -> Path:
-    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("MOE_RUNTIME_CACHE") or Path(cache_home) / "moe-runtime")
+    """Raises RuntimeError where nothing names a folder and there is no home."""
+    named, cache_home = os.environ.get("MOE_RUNTIME_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    folder = Path(named) if named else Path(cache_home or Path.home() / ".cache") / "moe-runtime"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return folder.resolve()
 
 
 def grouped_rows(

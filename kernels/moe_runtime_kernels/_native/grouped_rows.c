@@ -7,6 +7,7 @@
 // order once, and stay in the cache while the matrix passes by. Sums are float32, rounded once. GCC's vector
 // types, which Clang has too, serve every processor.
 
+#include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -25,7 +26,12 @@ enum {
     BLOCK_ROWS = 32,     // of x, widened at a time
     BLOCK_OUTPUTS = 32,  // in what a thread takes next
     AHEAD = 256,         // values between what is read and what is fetched
+    ROWS_OFFSET = 64,    // bytes
 };
+
+#if !defined(__clang__) && __GNUC__ < 12
+#define __builtin_shufflevector(a, b, ...) __builtin_shuffle(a, b, (pairs){__VA_ARGS__})
+#endif
 
 typedef uint32_t pairs __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -201,15 +207,21 @@ static void block(const float *x, ptrdiff_t rows, const value *weight, ptrdiff_t
 }
 
 // Memory of this thread, kept from call to call: fresh pages would cost more than the products.
+static pthread_key_t memory_key;
+static pthread_once_t memory_once = PTHREAD_ONCE_INIT;
+
+static void make_memory_key(void) { pthread_key_create(&memory_key, free); }
+
 static float *widened_rows(size_t count) {
-    static _Thread_local float *memory;
-    static _Thread_local size_t size;
-    if (size < count) {
+    pthread_once(&memory_once, make_memory_key);
+    size_t *memory = pthread_getspecific(memory_key);  // its size, then the rows
+    if (!memory || *memory < count) {
         free(memory);
-        memory = malloc(count * sizeof *memory);
-        size = memory ? count : 0;
+        memory = malloc(ROWS_OFFSET + count * sizeof(float));
+        if (memory) *memory = count;
+        pthread_setspecific(memory_key, memory);
     }
-    return memory;
+    return memory ? (float *)((char *)memory + ROWS_OFFSET) : NULL;
 }
 
 struct part {
