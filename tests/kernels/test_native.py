@@ -40,11 +40,11 @@ def fresh_functions():
 
 
 @pytest.fixture(params=BUILDS)
-def build(request, monkeypatch, tmp_path):
-    """The code compiled for one kind of processor."""
+def build(request, monkeypatch, tmp_path_factory):
+    """The code compiled for one kind of processor, once."""
     flags = [request.param if flag.startswith("-march") else flag for flag in _native.FLAGS]
     monkeypatch.setattr(_native, "FLAGS", tuple(flags))
-    monkeypatch.setenv("MOE_RUNTIME_CACHE", str(tmp_path))
+    monkeypatch.setenv("MOE_RUNTIME_CACHE", str(tmp_path_factory.getbasetemp() / "builds"))
 
 
 def random(*size, seed=0, dtype=torch.float32):
