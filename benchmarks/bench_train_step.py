@@ -24,7 +24,7 @@ from moe_runtime.train.linear_loss import use_linear_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / ".cache" / "smollm2-135m"
-TOKENS = 256  # a CPU has ten minutes for all suites together
+TOKENS = 256
 EXPERTS, CHOSEN = 4, 2
 # one step of AdamW moves a weight by its rate, whatever the gradient: small, so that all steps see one model
 RATE = 1e-7

@@ -23,10 +23,28 @@ ROWS: dict[str, list[dict[str, Any]]] = {}
 OURS = "moe_runtime"
 LAUNCHES = 50  # per graph; what starting one costs the host is divided by them
 GRAPH_S = 2e-3  # of graphs of long calls, which need fewer launches
-ROUNDS = 30 if torch.cuda.is_available() else 12  # a CPU has ten minutes for all suites together
-WARMUP = 1  # of calls that the check and the counter of FLOPs have made before
+ROUNDS = 30 if torch.cuda.is_available() else 12
+# of a case's timed rounds, where more than FEWEST_ROUNDS were asked for: a CPU has ten minutes for all suites
+# together, whatever its speed
+BUDGET_S = 5.0
+FEWEST_ROUNDS = 3
 STARTED = pytest.StashKey[float]()
 ROUNDS_FOR_PERCENTILES = 100  # fewer samples have no 99th percentile
+
+
+def affordable(rounds: int, round_s: float) -> int:
+    """So many of the asked-for `rounds` as BUDGET_S is enough for, and FEWEST_ROUNDS at least.
+
+    All of them on a GPU, whose time is not `round_s`, and where percentiles are asked for.
+    """
+    if torch.cuda.is_available() or rounds >= ROUNDS_FOR_PERCENTILES:
+        return rounds
+    return min(rounds, max(FEWEST_ROUNDS, int(BUDGET_S / round_s)))
+
+
+def warmup(rounds: int) -> int:
+    """Rounds before the timed ones; the check and the counter of FLOPs are enough before a few long calls."""
+    return 1 if rounds > FEWEST_ROUNDS else 0
 
 
 def count_flops(fn: Callable[[], Any]) -> int:
@@ -120,7 +138,7 @@ def time_launches(
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """Timings, on a GPU of replayed graphs, and why others than ours could not be captured."""
     if not torch.cuda.is_available():
-        return time_alternately(fns, rounds, WARMUP), {}
+        return time_alternately(fns, rounds, warmup(rounds)), {}
     replays, refused = {}, {}
     for name, fn in fns.items():
         try:
@@ -154,7 +172,7 @@ def time_products(
     Graphs hold so many launches as take GRAPH_S together, by the first timing of ours, and LAUNCHES at most.
     """
     if not torch.cuda.is_available():
-        return time_alternately(fns, rounds, WARMUP), dict.fromkeys(fns, "call")
+        return time_alternately(fns, rounds, warmup(rounds)), dict.fromkeys(fns, "call")
     once = time_alternately({OURS: fns[OURS]}, rounds=3)[OURS].median_s
     launches = min(max(round(GRAPH_S / once), 1), LAUNCHES)
     replays: dict[str, Callable[[], Any]] = {}
@@ -238,8 +256,10 @@ def compare(request, tiny, copy_speed, benchmark):
         not_timed = usable(peers, checked)
         fns = {**fns, **peers.fns}
         # another library's operations may be more than the counter can follow
+        start = time.perf_counter()
         flops = {name: count_flops(fn) for name, fn in fns.items() if name not in peers.fns}
-        rounds = 3 if tiny else rounds
+        counted_s = time.perf_counter() - start  # of a call of each
+        rounds = FEWEST_ROUNDS if tiny else affordable(rounds, counted_s)
         timings, refused, measured = measure(request, case, fns, rounds, nbytes, work, copy_speed, cold)
         if torch.cuda.is_available() and work is not None:
             measured["peak_bytes"] = {name: peak_bytes(fn) for name, fn in fns.items()}
@@ -284,7 +304,7 @@ def measure(
         check_repeats(fns[OURS])
         timings, refused = time_launches(fns, rounds)
         return timings, refused, of_moves(timings, nbytes, copy_speed)
-    timings = time_alternately(fns, rounds, WARMUP, before=cold_caches() if cold else lambda: None)
+    timings = time_alternately(fns, rounds, warmup(rounds), before=cold_caches() if cold else lambda: None)
     if work is None:
         return timings, {}, {}
     return timings, {}, of_models(timings, work, copy_speed, speed_of_products(request, case))

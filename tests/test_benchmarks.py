@@ -19,13 +19,18 @@ from benchmarks.alternate import Timing, cold_caches, time_alternately
 from benchmarks.bars import find
 from benchmarks.bench_moe_layer import equal_layers, route_like
 from benchmarks.conftest import (
+    BUDGET_S,
+    FEWEST_ROUNDS,
+    ROUNDS_FOR_PERCENTILES,
     ROWS,
+    affordable,
     check_repeats,
     compared,
     of_products,
     result_path,
     time_products,
     usable,
+    warmup,
     write_results,
 )
 from benchmarks.exact import RESULTS, choose_experts, exact_sample, make_layer
@@ -114,6 +119,17 @@ def test_every_round_runs_each_once_after_any_other():
     pairs = {first + second for first, second in pairwise(order)}
     assert pairs >= {first + second for first, second in permutations("abc", 2)}
     assert {name: timing.rounds for name, timing in timings.items()} == {"a": 12, "b": 12, "c": 12}
+
+
+def test_long_calls_are_timed_in_fewer_rounds_and_never_too_few(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert affordable(12, round_s=BUDGET_S / 100) == 12
+    assert affordable(12, round_s=BUDGET_S / 7.5) == 7
+    assert affordable(12, round_s=10 * BUDGET_S) == affordable(3, round_s=10 * BUDGET_S) == FEWEST_ROUNDS
+    assert affordable(ROUNDS_FOR_PERCENTILES, round_s=BUDGET_S) == ROUNDS_FOR_PERCENTILES
+    assert (warmup(FEWEST_ROUNDS), warmup(FEWEST_ROUNDS + 1)) == (0, 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert affordable(20, round_s=10 * BUDGET_S) == 20, "what a GPU's host waits for is no time of its"
 
 
 def test_cold_caches_hold_other_bytes():
