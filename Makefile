@@ -11,7 +11,7 @@ $(READY): requirements/install.sh $(wildcard requirements/*.txt) setup.py
 	touch $(READY)
 
 test: $(READY)
-	$(BIN)/python -m pytest -q --durations=15 -n 2 --dist loadfile -p no:benchmark
+	$(BIN)/python -m pytest -q --durations=15 -n 2 --dist loadfile --no-loadscope-reorder -p no:benchmark
 
 check: $(READY)
 	$(BIN)/ruff format --check .
