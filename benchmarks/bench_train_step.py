@@ -25,13 +25,14 @@ from moe_runtime.train.linear_loss import use_linear_loss
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / ".cache" / "smollm2-135m"
 TOKENS = 256
+TARGETS = ("moe_runtime", "mixtral")
 EXPERTS, CHOSEN = 4, 2
 # one step of AdamW moves a weight by its rate, whatever the gradient: small, so that all steps see one model
 RATE = 1e-7
 PRECISION = {"float32": 1e-3, "bfloat16": 0.1}  # the largest error of a gradient, of its rms
 
 
-def upcycled(target: str, folder: Path) -> nn.Module:
+def write_upcycled(target: str, folder: Path) -> None:
     from upcycle import recipe_from_dict, upcycle
 
     recipe = {
@@ -43,15 +44,29 @@ def upcycled(target: str, folder: Path) -> nn.Module:
         "experts_per_token": CHOSEN,
     }
     upcycle(recipe_from_dict(recipe))
-    return load_causal_lm(folder / target, dtype=torch.float32)
 
 
-def make_models(tiny: bool, folder: Path) -> tuple[nn.Module, nn.Module]:
-    """Ours and transformers', of the same weights."""
-    if tiny:
+@pytest.fixture(scope="module")
+def upcycled(request, tmp_path_factory) -> Path | None:
+    """A folder with both, made once; None for the tiny models, which need none."""
+    if torch.cuda.is_available():
+        pytest.skip("bench_end_to_end.py is that of a GPU")
+    if request.config.getoption("--tiny"):
+        return None
+    if not SOURCE.exists():
+        pytest.skip(f"{SOURCE} does not exist; `make demo` makes it")
+    folder = tmp_path_factory.mktemp("upcycled")
+    for target in TARGETS:
+        write_upcycled(target, folder)
+    return folder
+
+
+def make_models(folder: Path | None) -> tuple[nn.Module, nn.Module]:
+    """Ours and transformers', of the same weights; tiny ones without a folder."""
+    if folder is None:
         theirs = transformers_model(SHAPES["tiny"]["mixtral, tiny"], "grouped_mm", torch.float32, "cpu")
         return our_model(theirs, "cpu").float(), theirs
-    ours, theirs = (upcycled(target, folder) for target in ("moe_runtime", "mixtral"))
+    ours, theirs = (load_causal_lm(folder / target, dtype=torch.float32) for target in TARGETS)
     theirs.config.router_aux_loss_coef = ours.config.router_aux_loss_coef = 0.0
     return ours, theirs
 
@@ -85,13 +100,9 @@ def step(model: nn.Module, batches: Sequence[Tensor], dtype: str) -> Callable[[]
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [("float32", "high"), ("bfloat16", "highest")])
-def bench_train_step(compare, tiny, set_precision, tmp_path, dtype, precision):
-    if torch.cuda.is_available():
-        pytest.skip("bench_end_to_end.py is that of a GPU")
-    if not tiny and not SOURCE.exists():
-        pytest.skip(f"{SOURCE} does not exist; `make demo` makes it")
+def bench_train_step(compare, tiny, set_precision, upcycled, dtype, precision):
     set_precision(precision)
-    ours, theirs = make_models(tiny, tmp_path)
+    ours, theirs = make_models(upcycled)
     theirs.set_experts_implementation("grouped_mm")
     use_linear_loss(ours)
     batches, config = make_batches(tiny), described(theirs.config)

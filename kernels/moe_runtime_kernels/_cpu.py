@@ -3,7 +3,7 @@
 **bfloat16.** A few rows are multiplied by code of this project's (`_native`), which reads the matrix once, at
 the speed of the memory. More are PyTorch's, which has them from oneDNN. On a processor without instructions
 for bfloat16, oneDNN's are several times slower than float32 ones: there a part of the matrix at a time is
-widened, and MKL multiplies it.
+widened, and MKL multiplies it; a float32 matrix, as under autocast, is multiplied as it is.
 
 **float32**, by the faster of the two libraries that PyTorch carries.
 
@@ -43,6 +43,7 @@ BF16_IS_WIDENED = "avx2" in processor_flags() and not processor_flags() & {"avx5
 # rows of a matrix: with more, the libraries' products are faster
 MOST_NATIVE_ROWS = {torch.bfloat16: 256 if BF16_IS_WIDENED else 8, torch.float32: 32}
 WIDENED = 2**18  # values of a matrix that are widened at a time: 1 MiB, which stays in the cache
+FEWEST_OUTPUTS = 64  # of a product; of fewer it takes longer than a cache saves
 
 
 def onednn_has_bf16() -> bool:
@@ -120,16 +121,27 @@ def is_few(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> boo
 
 def is_widened(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `widened_product` is right and faster for these operands; it has no gradient and no trace."""
-    is_bf16 = x.dtype == weight.dtype == torch.bfloat16
-    return BF16_IS_WIDENED and is_bf16 and _are_plain(x, weight, bias) and not _trains(x, weight, bias)
+    return widening_suits(x, weight, bias) and not _trains(x, weight, bias)
 
 
-def _are_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether these are tensors in the CPU's memory, of one dtype, whose last axes fit."""
+def widening_suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """The same, whether or not there is a gradient to be computed."""
+    return (
+        BF16_IS_WIDENED
+        and x.dtype == torch.bfloat16
+        and _are_plain(x, weight, bias, dtypes=(torch.bfloat16, torch.float32))
+    )
+
+
+def _are_plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtypes: tuple[torch.dtype, ...] | None = None
+) -> bool:
+    """Whether these are tensors in the CPU's memory, of x's dtype or `dtypes`, whose last axes fit."""
     given = (x, weight) if bias is None else (x, weight, bias)
+    dtypes = dtypes or (x.dtype,)
     return (
         is_plain(x)
-        and all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype == x.dtype for t in given)
+        and all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype in dtypes for t in given)
         and all(t.layout == torch.strided and not t.is_neg() for t in given)
         and x.shape[-1] == weight.shape[-1]
     )
@@ -150,15 +162,25 @@ def native_product(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None
 def widened_product(
     x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, out_MO: Tensor | None = None
 ) -> Tensor:
-    """x @ weight.T + bias in float32, rounded once, without autograd; a part of the matrix at a time."""
+    """x @ weight.T + bias in float32, without autograd, rounded once to x's dtype or that of `out`.
+
+    A matrix of bfloat16 is widened a part at a time; one of float32, as under autocast, is multiplied as it
+    is: rounding its values first would take time and lose some of them.
+    """
     (O, I), wide_MI = weight_OI.shape, x_MI.float()
     if out_MO is None:
         out_MO = x_MI.new_empty(x_MI.shape[0], O)
-    outputs = max(WIDENED // max(I, 1), 1)
+    if weight_OI.dtype == torch.float32:
+        return out_MO.copy_(product(wide_MI, weight_OI, None if bias_O is None else bias_O.float()))
+    outputs = max(WIDENED // max(I, 1), FEWEST_OUTPUTS)
     for first in range(0, O, outputs):
         part = slice(first, first + outputs)
-        bias = None if bias_O is None else bias_O[part].float()
-        out_MO[:, part] = functional.linear(wide_MI, weight_OI[part].float(), bias)
+        wide_NI = weight_OI[part].float()
+        if out_MO.dtype == torch.float32 and bias_O is None:
+            torch.mm(wide_MI, wide_NI.t(), out=out_MO[:, part])
+        else:
+            bias = None if bias_O is None else bias_O[part].float()
+            out_MO[:, part] = functional.linear(wide_MI, wide_NI, bias)
     return out_MO
 
 
@@ -193,11 +215,20 @@ def few_heights(x_NI: Tensor, rows: slice) -> Tensor:
     return functional.pad(x_MI, (0, 0, 0, padded_height(x_MI.shape[0]) - x_MI.shape[0]))
 
 
-def weight_grad(grad_MO: Tensor, x_MI: Tensor) -> Tensor:
-    """grad.T @ x [O, I], the gradient of the weight of `product`, without autograd."""
+def weight_grad(grad_MO: Tensor, x_MI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """grad.T @ x [O, I], the gradient of the weight of `product`, without autograd, in x's dtype or this."""
     x_IM = x_MI.t()
     if is_widened(grad_MO.t(), x_IM):
-        return widened_product(grad_MO.t(), x_IM)
-    if onednn_takes(grad_MO, x_IM):
-        return onednn_product(grad_MO.t(), x_IM)  # columns that lie apart it packs itself
-    return grad_MO.t() @ x_MI
+        dweight_OI = x_MI.new_empty(grad_MO.shape[1], x_MI.shape[1], dtype=dtype)
+        return widened_product(grad_MO.t(), x_IM, out_MO=dweight_OI)
+    if onednn_takes(grad_MO, x_IM):  # columns that lie apart it packs itself
+        return onednn_product(grad_MO.t(), x_IM).to(dtype or x_MI.dtype)
+    return (grad_MO.t() @ x_MI).to(dtype or x_MI.dtype)
+
+
+def write_weight_grad(grad_MO: Tensor, x_MI: Tensor, dweight_OI: Tensor) -> None:
+    """The same into memory; for float32 that is faster than oneDNN and a copy of its result."""
+    if is_widened(grad_MO.t(), x_MI.t()):
+        widened_product(grad_MO.t(), x_MI.t(), out_MO=dweight_OI)
+    else:
+        torch.mm(grad_MO.t(), x_MI, out=dweight_OI)

@@ -10,7 +10,8 @@ nobody reads. In other dtypes each expert is a group, padded where oneDNN multip
 
 Weights may be wider than the rows, as under autocast. An expert's are then rounded where they are multiplied,
 into memory that the next expert's take, and their gradients are widened as they are written: the bits of
-rounding all weights before and widening all gradients after, which would be a pass over memory each.
+rounding all weights before and widening all gradients after, which would be a pass over memory each. Where
+bfloat16 is multiplied in float32 anyway, wider weights are multiplied as they are, and gradients not rounded.
 """
 
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from ._cpu import (
     padded_height,
     product,
     widened_product,
+    write_weight_grad,
 )
 from ._dispatch import accumulator
 from ._native import grouped_rows
@@ -133,12 +135,12 @@ class Scratch:
             self._memory = self._memory.new_empty(weight_nOI.numel())
         return self._memory[: weight_nOI.numel()].view(weight_nOI.shape)
 
-    def rounded(self, weight_nOI: Tensor) -> Tensor:
-        """The matrices in the dtype of the rows; the same tensor if they have it."""
-        if weight_nOI.dtype == self._memory.dtype:
+    def rounded(self, x_RI: Tensor, weight_nOI: Tensor) -> Tensor:
+        """The matrices in the dtype of the rows; the same tensor if they have it or are multiplied wider."""
+        if weight_nOI.dtype == x_RI.dtype or is_widened(x_RI, weight_nOI):
             return weight_nOI
         if weight_nOI.stride(2) != 1 and weight_nOI.stride(1) == 1:
-            return self.rounded(weight_nOI.transpose(1, 2)).transpose(1, 2)
+            return self.like(weight_nOI.transpose(1, 2)).transpose(1, 2).copy_(weight_nOI)
         return self.like(weight_nOI).copy_(weight_nOI)
 
 
@@ -183,7 +185,7 @@ def products(
     for experts, _, padded in more:
         rows = slice(padded.start - start, padded.stop - start)
         bias_nO = None if bias_EO is None else bias_EO[experts]
-        experts_product(x_RI[rows], scratch.rounded(weight_EOI[experts]), bias_nO, out_RO[rows])
+        experts_product(x_RI[rows], scratch.rounded(x_RI[rows], weight_EOI[experts]), bias_nO, out_RO[rows])
     return out_RO
 
 
@@ -385,7 +387,7 @@ def expert_ffn_backward_blocks(  # noqa: C901, PLR0913 - one branch per gradient
             if needs_gate_up_bias:
                 dgate_up_bias[experts] = _sums(dh_RG[part].to(acc), group)
             if needs_x:
-                gate_up_nDG = scratch.rounded(gate_up_EGD[experts]).transpose(1, 2)
+                gate_up_nDG = scratch.rounded(dh_RG[part], gate_up_EGD[experts].transpose(1, 2))
                 experts_product(dh_RG[part], gate_up_nDG, None, dx_RD[group.padded])
     ones_TK = torch.ones_like(row_TK, dtype=acc)
     dx = combine_blocks(dx_RD, ones_TK, blocks.places(row_TK)) if needs_x else dx_RD.flatten()
@@ -435,11 +437,10 @@ def _weight_grad(
         main_grad_EOI[group.experts].baddbmm_(grad_nOM.to(acc), x_nMI.to(acc))
         return
     dweight_nOI = dweight_EOI[group.experts]
-    out_nOI = dweight_nOI if dweight_nOI.dtype == x_RI.dtype else scratch.like(dweight_nOI)
-    if len(out_nOI) == 1 and is_widened(grad_RO.t(), x_RI.t()):
-        widened_product(grad_RO.t(), x_RI.t(), out_MO=out_nOI[0])
-    elif len(out_nOI) == 1:  # faster than a batch of one; for float32, than oneDNN and a copy of its result
-        torch.mm(grad_RO.t(), x_RI, out=out_nOI[0])
+    is_direct = dweight_nOI.dtype == x_RI.dtype or is_widened(grad_RO.t(), x_RI.t())
+    out_nOI = dweight_nOI if is_direct else scratch.like(dweight_nOI)
+    if len(out_nOI) == 1:  # faster than a batch of one
+        write_weight_grad(grad_RO, x_RI, out_nOI[0])
     else:
         torch.bmm(grad_nOM, x_nMI, out=out_nOI)
     if out_nOI is not dweight_nOI:

@@ -26,10 +26,9 @@ from ._checks import FLOATS, check_apart, check_device, check_dims, check_dtype,
 from ._cpu import (
     MOST_NATIVE_ROWS,
     few_heights,
-    is_widened,
     native_takes,
     rows_product,
-    widened_product,
+    write_weight_grad,
 )
 from ._dispatch import accumulator, cast_for_autocast, register_kernel, register_reference
 from ._native import grouped_rows
@@ -175,10 +174,7 @@ def weight_grad_reference(grad_NO: Tensor, x_NI: Tensor, offset_E: Tensor) -> Te
     dweight_EOI = torch.zeros(E, O, I, dtype=x_NI.dtype, device=x_NI.device)
     for e, rows in expert_slices(offset_E):
         grad_MO, x_MI = few_heights(grad_NO, rows), few_heights(x_NI, rows)
-        if is_widened(grad_MO.t(), x_MI.t()):
-            widened_product(grad_MO.t(), x_MI.t(), out_MO=dweight_EOI[e])
-        else:
-            torch.mm(grad_MO.t(), x_MI, out=dweight_EOI[e])
+        write_weight_grad(grad_MO, x_MI, dweight_EOI[e])
     return dweight_EOI
 
 

@@ -17,7 +17,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from moe_runtime_kernels._cpu import onednn_takes, product, weight_grad
+from moe_runtime_kernels._cpu import is_widened, onednn_takes, product, weight_grad
 from moe_runtime_kernels._dispatch import accumulator, cast_for_autocast
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
@@ -77,7 +77,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         ctx.dtypes = x_TD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
         # cast here and not before: autograd would round the sums in dweight and widen them again
-        weight_VD, bias_V = (None if given is None else given.to(x_TD.dtype) for given in (weight_VD, bias_V))
+        with torch.autocast(x_TD.device.type, enabled=False):
+            if not is_widened(x_TD, weight_VD, bias_V):
+                weight_VD = weight_VD.to(x_TD.dtype)
+                bias_V = None if bias_V is None else bias_V.to(x_TD.dtype)
         dx_TD = torch.empty_like(x_TD) if needs_x else None
         dweight_VD = None
         dbias_V = torch.zeros_like(bias_V, dtype=acc) if needs_bias else None
@@ -97,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if dweight_VD is not None:
                     _add_product(dweight_VD, dz_MV, x_TD[rows])
                 elif needs_weight:
-                    dweight_VD = weight_grad(dz_MV, x_TD[rows]).to(acc)
+                    dweight_VD = weight_grad(dz_MV, x_TD[rows], acc)
         if needs_weight and dweight_VD is None:
             dweight_VD = torch.zeros_like(weight_VD, dtype=acc)
         ctx.save_for_backward(dx_TD, dweight_VD, dbias_V)

@@ -101,13 +101,13 @@ def test_experts_are_one_call_where_pytorch_takes_it(D, F, calls, dtype, monkeyp
         assert_close_to_exact(name, actual[name], reference[name], exact[name])
 
 
-def test_scratch_rounds_matrices_of_any_layout():
+def test_scratch_rounds_matrices_of_any_layout(libraries_multiply):
     weight_nOI = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
-    scratch = Scratch(torch.bfloat16)
+    scratch, x_RI = Scratch(torch.bfloat16), torch.zeros(2, 4, dtype=torch.bfloat16)
     strided = torch.empty(1, 12, 8)[:, ::2, ::2].copy_(weight_nOI)
     for weight in (weight_nOI, weight_nOI.mT, strided, strided.mT):
-        assert torch.equal(scratch.rounded(weight), weight.bfloat16())
-    assert scratch.rounded(weight_nOI.mT).stride() == weight_nOI.mT.stride()
+        assert torch.equal(scratch.rounded(x_RI, weight), weight.bfloat16())
+    assert scratch.rounded(x_RI, weight_nOI.mT).stride() == weight_nOI.mT.stride()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -138,10 +138,13 @@ def test_products_through_onednn_are_the_reference(monkeypatch):
     assert sum(calls) == 4 * sum(map(padded_height, counts))  # with both matrices, forward and backward
 
 
-@pytest.mark.parametrize(
+AUTOCAST = pytest.mark.parametrize(
     "routing", [Routing(70, 3, 40, "sentinels"), Routing(300, 4, 5)], ids=["few-rows", "many-rows"]
 )
-def test_weights_rounded_under_autocast_have_the_bits_of_rounded_weights(routing):
+
+
+def run_under_autocast(routing):
+    """Results under autocast, those of operands that were rounded before, and the exact ones."""
     plan = make_plan(choose(routing, "cpu"), routing.E)
     inputs, grad = make_inputs(routing, torch.float32, optional=NAMES[4:])
     inputs, grad = {name: value.cpu() for name, value in inputs.items()}, grad.cpu()
@@ -154,11 +157,34 @@ def test_weights_rounded_under_autocast_have_the_bits_of_rounded_weights(routing
     actual = run(under_autocast, inputs, grad)
     kept = ("weight", "residual")
     low = {name: value if name in kept else value.bfloat16() for name, value in inputs.items()}
-    expected = run(fn, low, grad)
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value.to(actual[name].dtype)), name
+    exact = run(fn, {name: value.double() for name, value in inputs.items()}, grad.double())
     for name in ("gate_up", "down"):
         assert actual[f"d{name}"].dtype == torch.float32
+    return actual, run(fn, low, grad), exact
+
+
+@AUTOCAST
+def test_weights_rounded_under_autocast_have_the_bits_of_rounded_weights(routing, libraries_multiply):
+    actual, expected, _ = run_under_autocast(routing)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value.to(actual[name].dtype)), name
+
+
+@AUTOCAST
+@pytest.mark.parametrize("few", [False, True])
+def test_weights_that_are_widened_anyway_are_not_rounded(routing, few, monkeypatch, bf16_is_widened):
+    """Nearer to the exact results than those of rounded weights."""
+    if few:
+        monkeypatch.setitem(_cpu.MOST_NATIVE_ROWS, torch.float32, 32)
+    actual, rounded, exact = run_under_autocast(routing)
+    for name, value in actual.items():
+        wanted = exact[name]
+        error, most = ((result - wanted).norm().item() for result in (value.double(), rounded[name].double()))
+        assert error <= most, name
+    gradients = actual["dgate_up"], actual["ddown"]
+    assert all(not torch.equal(gradient, gradient.bfloat16().float()) for gradient in gradients)
+    monkeypatch.setattr(_cpu, "BF16_IS_WIDENED", False)
+    assert not torch.equal(run_under_autocast(routing)[0]["out"], actual["out"])
 
 
 def test_autocast_keeps_no_copy_of_float32_weights():

@@ -192,6 +192,7 @@ def test_a_bfloat16_product_is_widened_where_that_is_faster(rows, monkeypatch):
     monkeypatch.setattr(_cpu, "MOST_NATIVE_ROWS", {})
     monkeypatch.setattr(_cpu, "BF16_IS_WIDENED", True)
     monkeypatch.setattr(_cpu, "WIDENED", 2**10)  # several parts of the matrix
+    monkeypatch.setattr(_cpu, "FEWEST_OUTPUTS", 8)
     x, weight, bias = (random(*size, dtype=torch.bfloat16) for size in ((rows, 96), (50, 96), (50,)))
     assert_is_the_product(product(x, weight), x, weight)
     assert_is_the_product(product(x, weight, bias), x, weight, bias)
@@ -199,6 +200,9 @@ def test_a_bfloat16_product_is_widened_where_that_is_faster(rows, monkeypatch):
     assert_is_the_product(product(x, across), x, across)
     gradient = _cpu.weight_grad(x[:, :20], x)
     assert_is_the_product(gradient, x[:, :20].t(), x.t())
+    unrounded = _cpu.weight_grad(x[:, :20], x, torch.float32)
+    torch.testing.assert_close(unrounded, x[:, :20].float().t() @ x.float())
+    assert torch.equal(unrounded.bfloat16(), gradient)
 
 
 def in_new_process(code, **environment):

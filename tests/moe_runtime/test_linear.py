@@ -1,4 +1,4 @@
-"""The linear layer is torch.nn.Linear where autocast or a compiler is at work, and unless asked otherwise."""
+"""The linear layer is torch.nn.Linear where a compiler is at work, and unless its products can be faster."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from moe_runtime_kernels import _cpu
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_runtime import linear
 from moe_runtime.linear import Linear, precise_products
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
@@ -18,12 +17,15 @@ def used(monkeypatch):
     """Shapes that went through oneDNN."""
     shapes = []
 
-    def spy(x, weight, bias):
-        shapes.append(tuple(x.shape))
-        return _cpu.onednn_product(x, weight, bias)
+    def spy(x, weight, bias=None):
+        if (len(weight), weight.shape[1]) == (16, 24):  # no product of a gradient
+            shapes.append(tuple(x.shape))
+        return through_onednn(x, weight, bias)
 
+    through_onednn = _cpu.onednn_product
     monkeypatch.setattr(_cpu, "ONEDNN_IS_FASTER", True)
-    monkeypatch.setattr(linear, "onednn_product", spy)
+    monkeypatch.setattr(_cpu, "MOST_NATIVE_ROWS", {})
+    monkeypatch.setattr(_cpu, "onednn_product", spy)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     yield shapes
@@ -35,7 +37,7 @@ def test_inference_goes_through_onednn(used, bias):
     layer, x = Linear(24, 16, bias=bias), torch.randn(2, 5, 24)
     with torch.no_grad():
         y = layer(x)
-    assert used == [(2, 5, 24)]
+    assert used == [(10, 24)]
     torch.testing.assert_close(y, nn.functional.linear(x, layer.weight, layer.bias).detach())
 
 
@@ -48,7 +50,7 @@ def test_gradients_are_those_of_pytorch(used, trained):
     grad = torch.randn(2, 16, 5).transpose(1, 2)  # rows apart
     wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
     actual = torch.autograd.grad(layer(x), wanted, grad)
-    assert used == [(2, 5, 24)]
+    assert used == [(10, 24)]
     same = torch.autograd.grad(nn.functional.linear(x, layer.weight, layer.bias), wanted, grad)
     exact = [leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in leaves.values()]
     weight, bias, x = exact
@@ -61,41 +63,101 @@ def test_gradients_are_those_of_pytorch(used, trained):
 def test_a_vector_has_its_gradients(used):
     layer, x = Linear(24, 16), torch.randn(24)
     weight, bias = torch.autograd.grad(layer(x).sum(), [layer.weight, layer.bias])
-    assert used == [(24,)]
+    assert used == [(1, 24)]
     torch.testing.assert_close(weight, x.expand(16, 24))
     torch.testing.assert_close(bias, torch.ones(16))
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("few", [False, True])
-def test_bfloat16_is_widened_where_it_has_no_instructions(bias, few, monkeypatch):
-    """Several rows of inference; one row, training and what is traced are PyTorch's."""
+@pytest.fixture
+def widened(monkeypatch):
+    """Shapes of the rows of products in float32, as on a processor without instructions for bfloat16."""
     shapes = []
 
-    def spy(x_MI, weight_OI, bias_O):
+    def spy(x_MI, weight_OI, bias_O=None, out_MO=None):
         shapes.append(tuple(x_MI.shape))
-        return _cpu.product(x_MI, weight_OI, bias_O)
+        return in_float32(x_MI, weight_OI, bias_O, out_MO)
 
-    monkeypatch.setattr(linear, "product", spy)
+    in_float32 = _cpu.widened_product
     monkeypatch.setattr(_cpu, "BF16_IS_WIDENED", True)
-    if not few:
-        monkeypatch.setattr(_cpu, "MOST_NATIVE_ROWS", {})
+    monkeypatch.setattr(_cpu, "MOST_NATIVE_ROWS", {})
+    monkeypatch.setattr(_cpu, "widened_product", spy)
+    return shapes
+
+
+def exact_of(layer, x, grad):
+    """The output and all gradients in float64."""
+    leaves = [leaf.detach().double().requires_grad_() for leaf in (x, *layer.parameters())]
+    y = nn.functional.linear(*leaves)
+    return y, *torch.autograd.grad(y, leaves, grad.double())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_bfloat16_is_widened_where_it_has_no_instructions(bias, widened):
+    """Several rows; one row and what is traced are PyTorch's."""
     layer, x = Linear(24, 16, bias=bias, dtype=torch.bfloat16), torch.randn(2, 5, 24).bfloat16()
-    exact = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    grad = torch.randn(2, 16, 5).transpose(1, 2).bfloat16()  # rows apart
+    leaves = [x.requires_grad_(), *layer.parameters()]
+    y, same = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
+    gradients, sames = (torch.autograd.grad(out, leaves, grad) for out in (y, same))
+    assert widened == [(10, 24), (10, 16), (16, 10)]
+    for actual, pytorchs, right in zip(
+        (y, *gradients), (same, *sames), exact_of(layer, x, grad), strict=True
+    ):
+        assert_close_to_exact("", actual, pytorchs, right)
+    widened.clear()
     with torch.no_grad():
-        assert_close_to_exact("y", layer(x), nn.functional.linear(x, layer.weight, layer.bias), exact)
-        assert shapes == [(10, 24)]
+        assert torch.equal(layer(x), y)
+        assert widened == [(10, 24)]
         layer(x[:1, :1])
         torch.vmap(layer)(x)
         with FlopCounterMode(display=False) as counter:
             layer(x)
     assert counter.get_total_flops() == 2 * 10 * 24 * 16
-    layer(x).sum().backward()
-    assert layer.weight.grad is not None
-    assert shapes == [(10, 24)]
+    assert widened == [(10, 24)]
 
 
-def test_autocast_is_pytorchs(used):
+def test_few_rows_are_widened_as_they_are_multiplied(widened, monkeypatch):
+    monkeypatch.setattr(_cpu, "MOST_NATIVE_ROWS", {torch.bfloat16: 8})
+    if not _cpu.native_takes(torch.ones(2, 24).bfloat16(), torch.ones(16, 24).bfloat16()):
+        pytest.skip("no compiler")
+    layer, x = Linear(24, 16, dtype=torch.bfloat16), torch.randn(8, 24).bfloat16()
+    grad = torch.randn(8, 16).bfloat16()
+    y, same = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
+    assert widened == []
+    assert_close_to_exact("y", y, same, exact_of(layer, x, grad)[0])
+    y.backward(grad)
+    assert widened == [(16, 8)], "the gradient of the rows is not requested, that of the matrix has 16"
+
+
+def test_autocast_rounds_nothing_that_is_widened(widened):
+    """Float32 weights and their gradients; the output is bfloat16, as autocast has it."""
+    layer, x, grad = Linear(24, 16), torch.randn(3, 24, requires_grad=True), torch.randn(3, 16).bfloat16()
+    leaves = [x, *layer.parameters()]
+    with torch.autocast("cpu", torch.bfloat16):
+        y, same = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
+    assert y.dtype == torch.bfloat16
+    actual, pytorchs = ((out, *torch.autograd.grad(out, leaves, grad)) for out in (y, same))
+    exact = exact_of(layer, x.bfloat16(), grad)
+    for ours, theirs, right in zip(actual, pytorchs, exact, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - right).norm() <= (theirs - right).norm()
+    assert not torch.equal(actual[2], actual[2].bfloat16().float())
+    assert widened == [(3, 24), (3, 16), (16, 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_that_nothing_widens_is_pytorchs(dtype, widened):
+    """Of float16, and of a function that is mapped."""
+    layer, x = Linear(24, 16), torch.randn(2, 3, 24)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        mapped = (lambda fn: fn) if dtype == torch.float16 else torch.vmap
+        pytorchs = mapped(lambda x: nn.functional.linear(x, layer.weight, layer.bias))(x)
+        assert torch.equal(mapped(layer)(x), pytorchs)
+    assert widened == []
+
+
+def test_autocast_is_pytorchs(used, monkeypatch):
+    monkeypatch.setattr(_cpu, "BF16_IS_WIDENED", False)
     layer, x = Linear(24, 16), torch.randn(3, 24)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16

@@ -132,7 +132,8 @@ def test_kernels_are_those_that_onednn_makes(folders, capfd, monkeypatch, widene
         made.append({(*line[8:9], line[-2]) for line in lines})
     first, all_of_them = len(made[0]), len(set().union(*made))
     assert first == all_of_them if widened else first < all_of_them  # other rows of experts in every batch
-    assert all_of_them <= planned < 3 * all_of_them
+    # where they are widened, shapes of linear layers are counted that oneDNN sees in other models only
+    assert all_of_them <= planned <= (16 if widened else 3 * all_of_them)
 
 
 def test_what_a_plan_says_of_the_model(folders):
