@@ -40,14 +40,15 @@ class Timing:
         return {f"p{n}_s": ordered[math.ceil(n / 100 * len(ordered)) - 1] for n in (50, 90, 99)}
 
 
-def _seconds(fn: Callable[[], object]) -> float:
+def _call(fn: Callable[[], object]) -> tuple[object, float]:
+    """What it returns, and its seconds."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
-    fn()
+    out = fn()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return out, time.perf_counter() - start
 
 
 def time_alternately(
@@ -56,6 +57,7 @@ def time_alternately(
     warmup: int = 2,
     calls: int = 1,
     before: Callable[[], object] = lambda: None,
+    check: Callable[[str, object], object] | None = None,
 ) -> dict[str, Timing]:
     """Seconds per callable; every round runs each once, in an order drawn anew.
 
@@ -67,18 +69,28 @@ def time_alternately(
         warmup: rounds that are not timed.
         calls: what a callable stands for, as a replayed graph does; its seconds are divided by them.
         before: is called before each timed call, and not timed.
+        check: is given the name and the result of each one's first call, and raises if that is wrong.
     """
     if rounds < 2:
         raise ValueError(f"rounds must be at least 2, so that there is a spread, got {rounds}")
     names = list(fns)
+    unchecked = set() if check is None else set(names)
+
+    def call(name: str) -> float:
+        out, seconds = _call(fns[name])
+        if check is not None and name in unchecked:
+            check(name, out)
+            unchecked.remove(name)
+        return seconds
+
     for name in names * warmup:
-        fns[name]()
+        call(name)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     draws = random.Random(0)
     for _ in range(rounds):
         for name in draws.sample(names, len(names)):
             before()
-            seconds[name].append(_seconds(fns[name]))
+            seconds[name].append(call(name))
     return {name: Timing.of(values, calls) for name, values in seconds.items()}
 
 

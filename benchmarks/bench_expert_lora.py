@@ -2,7 +2,8 @@
 
 A small model of transformers, with the same weights and, through files, the same adapters. PEFT adds B A
 to the weights of all experts in every forward. It is timed on transformers' own grouped products, which it
-meets by default, and on this project's. No dropout; the base weights are frozen.
+meets by default, and on this project's (on a CPU, where it takes seconds, forward only). No dropout; the base
+weights are frozen.
 """
 
 import copy
@@ -125,6 +126,8 @@ def bench_expert_lora(compare, models, direction):
         DEVICE
     )
     calls = {name: DIRECTIONS[direction](model, ids_BL) for name, model in adapted.items()}
+    if DEVICE == "cpu" and direction == "forward_backward":
+        del calls["peft_moe_runtime"]
     expected = calls["peft"]()
     # roundings to bfloat16 change some tokens' experts in the second layer; without adapters all is different
     without = rms_error(forward(base, ids_BL)()[0], expected[0])

@@ -3,8 +3,8 @@ in transformers' Mixtral with `experts_implementation="grouped_mm"`.
 
 Both are made by the recipe `copy`, from one router seed, so that they have the same weights; both step with
 PyTorch's fused AdamW, with the precision of float32 products that the case names set for the whole process.
-Ours has what `moe-runtime train` gives: the loss from hidden states. The first step's loss and gradients of
-the first layer's experts must be transformers' before anything is timed.
+Ours has what `moe-runtime train` gives: the loss from hidden states. The loss and the gradients of the first
+layer's experts in the first step that is timed must be transformers'.
 
 Every step has other tokens, the same ones for both: a router sends experts other numbers of rows in every
 batch, and a library that compiles a product for each of them pays for it.
@@ -81,10 +81,13 @@ def make_batches(tiny: bool) -> tuple[Tensor, ...]:
 
 
 def step(model: nn.Module, batches: Sequence[Tensor], dtype: str) -> Callable[[], tuple[Tensor, ...]]:
-    """Forward, backward, AdamW on the next batch; gives the loss and the first layer's experts' gradients."""
+    """Forward, backward, AdamW on the next batch; gives the loss and the first layer's experts' gradients.
+
+    The last batch is the first call's, which counts FLOPs; what is checked and timed begins with the first.
+    """
     model.train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
-    following = cycle(batches)
+    following = cycle((*batches[-1:], *batches[:-1]))
     experts = [p for name, p in model.named_parameters() if "layers.0.mlp.experts.down_proj" in name]
 
     def call() -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ GRAPH_S = 2e-3  # of graphs of long calls, which need fewer launches
 ROUNDS = 30 if torch.cuda.is_available() else 12
 # of a case's timed rounds, where more than FEWEST_ROUNDS were asked for: a CPU has ten minutes for all suites
 # together, whatever its speed
-BUDGET_S = 5.0
+BUDGET_S = 4.0
 FEWEST_ROUNDS = 3
 STARTED = pytest.StashKey[float]()
 ROUNDS_FOR_PERCENTILES = 100  # fewer samples have no 99th percentile
@@ -219,7 +219,7 @@ def usable(peers: Peers, check: Callable[[str, Any], Any]) -> dict[str, str]:
 
 
 @pytest.fixture
-def compare(request, tiny, copy_speed, benchmark):
+def compare(request, tiny, benchmark):
     """compare(suite, case, fns, check=...): one row of medians, spreads, FLOPs and ratios to the first.
 
     `check` raises AssertionError for a wrong answer; errors that it returns are kept.
@@ -250,7 +250,8 @@ def compare(request, tiny, copy_speed, benchmark):
             if found is not None:
                 errors[name] = found
 
-        for name, fn in fns.items():
+        by_itself = isinstance(work, Work) or nbytes is not None
+        for name, fn in fns.items() if by_itself else ():
             checked(name, fn())  # a fast wrong answer fails here and reports no time
         peers = allowed(peers, request)
         not_timed = usable(peers, checked)
@@ -260,7 +261,7 @@ def compare(request, tiny, copy_speed, benchmark):
         flops = {name: count_flops(fn) for name, fn in fns.items() if name not in peers.fns}
         counted_s = time.perf_counter() - start  # of a call of each
         rounds = FEWEST_ROUNDS if tiny else affordable(rounds, counted_s)
-        timings, refused, measured = measure(request, case, fns, rounds, nbytes, work, copy_speed, cold)
+        timings, refused, measured = measure(request, case, fns, checked, rounds, nbytes, work, cold)
         if torch.cuda.is_available() and work is not None:
             measured["peak_bytes"] = {name: peak_bytes(fn) for name, fn in fns.items()}
         kept = {"flops": flops, "errors": errors, "not_timed": not_timed | refused, **measured}
@@ -288,13 +289,17 @@ def measure(
     request,
     case: Mapping[str, Any],
     fns: Mapping[str, Callable[[], Any]],
+    check: Callable[[str, Any], None],
     rounds: int,
     nbytes: int | None,
     work: Work | Mapping[str, Work] | None,
-    copy_speed: float,
     cold: bool,
 ) -> tuple[dict[str, Timing], dict[str, str], dict[str, Any]]:
-    """Timings, why some could not be timed, and what the row says of speeds."""
+    """Timings, why some could not be timed, and what the row says of speeds.
+
+    Whole models and layers are checked as they are timed: their calls are long.
+    """
+    copy_speed = request.getfixturevalue("copy_speed")
     if isinstance(work, Work):
         check_repeats(fns[OURS])
         timings, ways = time_products(fns, rounds)
@@ -304,7 +309,8 @@ def measure(
         check_repeats(fns[OURS])
         timings, refused = time_launches(fns, rounds)
         return timings, refused, of_moves(timings, nbytes, copy_speed)
-    timings = time_alternately(fns, rounds, warmup(rounds), before=cold_caches() if cold else lambda: None)
+    before = cold_caches() if cold else lambda: None
+    timings = time_alternately(fns, rounds, warmup(rounds), before=before, check=check)
     if work is None:
         return timings, {}, {}
     return timings, {}, of_models(timings, work, copy_speed, speed_of_products(request, case))

@@ -121,6 +121,21 @@ def test_every_round_runs_each_once_after_any_other():
     assert {name: timing.rounds for name, timing in timings.items()} == {"a": 12, "b": 12, "c": 12}
 
 
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_each_ones_first_result_is_checked_and_a_wrong_one_reports_no_time(warmup):
+    checked, calls = [], iter(range(99))
+    fns = {name: lambda name=name: (name, next(calls)) for name in "ab"}
+    time_alternately(fns, rounds=3, warmup=warmup, check=lambda *given: checked.append(given))
+    assert sorted(name for name, _ in checked) == ["a", "b"]
+    assert all(name == returned and number < 4 for name, (returned, number) in checked)
+
+    def refuse(name, out):
+        assert name != "b", "wrong"
+
+    with pytest.raises(AssertionError, match="wrong"):
+        time_alternately(fns, rounds=3, warmup=warmup, check=refuse)
+
+
 def test_long_calls_are_timed_in_fewer_rounds_and_never_too_few(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert affordable(12, round_s=BUDGET_S / 100) == 12
