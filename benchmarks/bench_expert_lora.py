@@ -116,22 +116,21 @@ def models(request, tmp_path_factory):
     case = CASES[request.config.getoption("--tiny")]
     base = base_model(case)
     adapted = adapted_models(base, tmp_path_factory.mktemp("adapter"))
-    return case, sharing(base, "moe_runtime"), adapted
+    ids_BL = torch.randint(VOCAB_SIZE, (1, case.tokens), generator=torch.Generator().manual_seed(0)).to(
+        DEVICE
+    )
+    expected = forward_backward(adapted["peft"], ids_BL)()
+    # roundings to bfloat16 change some tokens' experts in the second layer; without adapters all is different
+    without = rms_error(forward(sharing(base, "moe_runtime"), ids_BL)()[0], expected[0])
+    return case, ids_BL, adapted, expected, 0.2 * without
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def bench_expert_lora(compare, models, direction):
-    case, base, adapted = models
-    ids_BL = torch.randint(VOCAB_SIZE, (1, case.tokens), generator=torch.Generator().manual_seed(0)).to(
-        DEVICE
-    )
+    case, ids_BL, adapted, expected, largest = models
     calls = {name: DIRECTIONS[direction](model, ids_BL) for name, model in adapted.items()}
     if DEVICE == "cpu" and direction == "forward_backward":
         del calls["peft_moe_runtime"]
-    expected = calls["peft"]()
-    # roundings to bfloat16 change some tokens' experts in the second layer; without adapters all is different
-    without = rms_error(forward(base, ids_BL)()[0], expected[0])
-    largest = 0.2 * without
 
     def check(name: str, out: tuple[Tensor, ...]) -> dict[str, float]:
         errors = {

@@ -18,7 +18,7 @@ from benchmarks.shapes import ExpertShape
 
 SHAPES = {"64-experts": ExpertShape(1024, 512, 64, 8), "8-experts": ExpertShape(1024, 3584, 8, 2)}
 TINY = {"tiny": ExpertShape(32, 16, 4, 2)}
-ROUNDS = {1: 41, 16: 15, 512: 7, 4096: 4}
+ROUNDS = {1: 21, 16: 15, 512: 7, 4096: 4}
 CASES = [("forward", tokens) for tokens in ROUNDS] + [("forward_backward", 512)]
 
 
