@@ -141,6 +141,7 @@ def _are_plain(
     dtypes = dtypes or (x.dtype,)
     return (
         is_plain(x)
+        and not torch._C._functorch.is_legacy_batchedtensor(x)  # of is_grads_batched
         and all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype in dtypes for t in given)
         and all(t.layout == torch.strided and not t.is_neg() for t in given)
         and x.shape[-1] == weight.shape[-1]

@@ -40,7 +40,7 @@ def _(y, row):
 @register_reference("moe_runtime::gather_rows")
 def gather_rows_reference(x: Tensor, index: Tensor) -> Tensor:
     """Rows of `x` [rows, columns] at `index` [n]; zero where the index is -1, whatever `x` holds."""
-    return x.index_select(0, index.clamp(min=0)).masked_fill((index < 0)[:, None], 0)
+    return x.index_select(0, index.clamp(min=0)).masked_fill_((index < 0)[:, None], 0)
 
 
 @register_reference("moe_runtime::scatter_rows")
@@ -48,7 +48,7 @@ def scatter_rows_reference(y_ND: Tensor, row_TK: Tensor) -> Tensor:
     T, K = row_TK.shape
     out_TD = torch.zeros(T, y_ND.shape[1], dtype=accumulator(y_ND.dtype), device=y_ND.device)
     for k in range(K):
-        out_TD = out_TD + gather_rows_reference(y_ND, row_TK[:, k])
+        out_TD += gather_rows_reference(y_ND, row_TK[:, k])
     return out_TD.to(y_ND.dtype)
 
 

@@ -119,7 +119,7 @@ def _add_product(dweight_VD: Tensor, dz_MV: Tensor, x_MD: Tensor) -> None:
     if dweight_VD.dtype == x_MD.dtype and not onednn_takes(dz_MV, x_MD.t()):
         dweight_VD.addmm_(dz_MV.t(), x_MD)
     else:
-        dweight_VD += weight_grad(dz_MV, x_MD)
+        dweight_VD += weight_grad(dz_MV, x_MD, dweight_VD.dtype)
 
 
 def _chunk(

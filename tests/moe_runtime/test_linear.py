@@ -1,5 +1,7 @@
 """The linear layer is torch.nn.Linear where a compiler is at work, and unless its products can be faster."""
 
+import warnings
+
 import pytest
 import torch
 from close import assert_close_to_exact
@@ -143,6 +145,103 @@ def test_autocast_rounds_nothing_that_is_widened(widened):
         assert (ours - right).norm() <= (theirs - right).norm()
     assert not torch.equal(actual[2], actual[2].bfloat16().float())
     assert widened == [(3, 24), (3, 16), (16, 3)]
+
+
+def autocast(layer, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return layer(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 24), (2, 3, 24)])
+def test_outputs_can_be_changed_in_place(dtype, shape, widened):
+    layer, x = Linear(24, 16, dtype=dtype), torch.randn(shape, dtype=dtype)
+    y = autocast(layer, x)
+    kept = y.detach().clone()
+    y += 1
+    assert torch.equal(y, kept + 1)
+    y.sum().backward()
+    assert layer.weight.grad.isfinite().all()
+    assert len(widened) == 2
+
+
+def test_outputs_through_onednn_can_be_changed_in_place(used):
+    Linear(24, 16)(torch.randn(2, 3, 24)).add_(1).sum().backward()
+    assert used == [(6, 24)]
+
+
+def test_backward_under_a_counter_of_flops_alone(widened):
+    layer, x = Linear(24, 16), torch.randn(4, 24, requires_grad=True)
+    leaves = [x, *layer.parameters()]
+    actual = torch.autograd.grad(autocast(layer, x).sum(), leaves)
+    y = autocast(layer, x)
+    with FlopCounterMode(display=False) as counter:
+        counted = torch.autograd.grad(y.sum(), leaves)
+    assert counter.get_total_flops() == 2 * 2 * 4 * 24 * 16
+    for one, other in zip(actual, counted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+    flipped = torch.autograd.grad(autocast(layer, x), leaves, torch._neg_view(torch.ones(4, 16).bfloat16()))
+    for one, other in zip(actual, flipped, strict=True):
+        assert torch.equal(one, -other)
+
+
+def test_backward_under_autocast_has_the_same_bits(widened):
+    layer, x = Linear(24, 16), torch.randn(4, 24, requires_grad=True)
+    leaves = [x, *layer.parameters()]
+    outside = torch.autograd.grad(autocast(layer, x).sum(), leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(layer(x).sum(), leaves)
+    assert all(map(torch.equal, outside, inside))
+
+
+@pytest.mark.parametrize(
+    ("trained", "expected"),
+    [("x", [(16, 24)]), ("weight", [(4, 24)]), ("bias", []), ("all", [(4, 24), (16, 24)])],
+)
+def test_only_what_gradients_need_is_kept(trained, expected, widened):
+    layer, x = Linear(24, 16), torch.randn(4, 24)
+    for name, leaf in {"x": x, "weight": layer.weight, "bias": layer.bias}.items():
+        leaf.requires_grad_(trained in (name, "all"))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        y = autocast(layer, x)
+    assert kept == expected
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("wide", ["weight", "bias"])
+def test_other_dtypes_are_refused_without_autocast(rows, wide, widened):
+    layer = Linear(24, 16, dtype=torch.bfloat16)
+    setattr(layer, wide, nn.Parameter(getattr(layer, wide).float()))
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(torch.randn(rows, 24).bfloat16())
+
+
+def test_batches_of_gradients_are_pytorchs(widened):
+    layer, x = Linear(24, 16), torch.randn(4, 24)
+    y, grads = autocast(layer, x), torch.randn(3, 4, 16).bfloat16()
+    batched = torch.autograd.grad(y, layer.weight, grads, is_grads_batched=True, retain_graph=True)[0]
+    for one, grad in zip(batched, grads, strict=True):
+        alone = torch.autograd.grad(y, layer.weight, grad, retain_graph=True)[0]
+        torch.testing.assert_close(one, alone, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(0, 6), (8, 0)])
+def test_layers_without_width(inputs, outputs, widened):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is nothing to initialise
+        layer = Linear(inputs, outputs)
+    y = autocast(layer, torch.randn(5, inputs))
+    y.sum().backward()
+    assert y.shape == (5, outputs)
+    assert widened == []
+
+
+def test_one_row_under_autocast_is_that_of_several(widened):
+    layer, x = Linear(24, 16), torch.randn(3, 24)
+    torch.testing.assert_close(autocast(layer, x[:1]), autocast(layer, x)[:1], rtol=2**-8, atol=0)
+    assert widened == [(1, 24), (3, 24)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

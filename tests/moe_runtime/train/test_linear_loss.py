@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from trainers import THEIR_WARNINGS
 from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
+from moe_runtime.train import linear_loss
 from moe_runtime.train.linear_loss import linear_cross_entropy, linear_loss_obstacle, use_linear_loss
 
 T, D, V = 37, 8, 53  # five chunks, the last one short
@@ -299,3 +300,19 @@ class TestFamilies:
         assert model.lm_head is head
         assert model.training is training
         assert "forward" not in vars(model.model)
+
+
+def test_no_chunks_gradient_is_rounded_before_it_is_added(monkeypatch):
+    dtypes = []
+
+    def spy(grad_MO, x_MI, dtype=None):
+        dtypes.append(dtype)
+        return _cpu.weight_grad(grad_MO, x_MI, dtype)
+
+    monkeypatch.setattr(linear_loss, "weight_grad", spy)
+    draw = torch.Generator().manual_seed(0)
+    x_TD, weight_VD = (torch.randn(*size, generator=draw).requires_grad_() for size in ((20, 8), (30, 8)))
+    target_T = torch.randint(30, (20,), generator=draw)
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_cross_entropy(x_TD, weight_VD, target_T).backward()
+    assert dtypes == 3 * [torch.float32]
