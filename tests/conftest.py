@@ -27,6 +27,14 @@ def _default_precision():
     torch.set_float32_matmul_precision("highest")
 
 
+@pytest.fixture
+def autocast_rounds(monkeypatch):
+    """As on a processor with instructions for bfloat16; on others autocast does not round float32 weights."""
+    from moe_runtime_kernels import _cpu
+
+    monkeypatch.setattr(_cpu, "BF16_IS_WIDENED", False)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """For steps so small that two threads mostly wait for each other."""

@@ -34,7 +34,7 @@ def under_autocast(fn, backward_too):
     return wrapped
 
 
-def test_autocast_computes_in_its_dtype_and_keeps_the_gates_float32():
+def test_autocast_computes_in_its_dtype_and_keeps_the_gates_float32(autocast_rounds):
     fn, inputs = make_layer()
     grad = torch.ones(T, D, dtype=torch.bfloat16, device=DEVICE)
     actual = run(under_autocast(fn, False), inputs, grad)
@@ -79,7 +79,7 @@ def test_autocast_leaves_routing_and_double_precision_alone():
     assert mixed.dtype == torch.bfloat16
 
 
-def test_autocast_adds_a_float32_residual_in_float32():
+def test_autocast_adds_a_float32_residual_in_float32(autocast_rounds):
     _, inputs = make_layer()
     plan = make_plan(choose(Routing(T, K, E)), E)
     x, gate_up, down, weight = inputs.values()

@@ -272,7 +272,7 @@ def test_a_layer_that_is_used_twice_adds_both():
         torch.testing.assert_close(main_grads[f"{name}_main_grad"], expected[name])
 
 
-def test_autocast_adds_the_sums_of_its_products_unrounded():
+def test_autocast_adds_the_sums_of_its_products_unrounded(autocast_rounds):
     plan = make_plan(choose(ROUTING), ROUTING.E)
     inputs, grad = make_inputs(ROUTING, torch.float32)
     main_grads, expected = (zeros_like(inputs, "gate_up", "down") for _ in range(2))

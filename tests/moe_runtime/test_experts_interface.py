@@ -299,7 +299,7 @@ def test_rows_in_another_dtype_take_the_weights(kind):
 
 
 @pytest.mark.parametrize("kind", ["plain", "as-gpt-oss"])
-def test_under_autocast_products_take_its_dtype(kind):
+def test_under_autocast_products_take_its_dtype(kind, autocast_rounds):
     options, _ = MODULES[kind]
     wide, narrow = experts_module(**options), experts_module(dtype=torch.bfloat16, **options)
     x, weight, index = normal(7, D).bfloat16(), normal(7, 2).softmax(1), choose(SMALL, "cpu").long()

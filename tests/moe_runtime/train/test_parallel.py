@@ -5,6 +5,7 @@ import sys
 import parallel_training
 import pytest
 import torch
+from moe_runtime_kernels._cpu import BF16_IS_WIDENED
 from parallel_training import GOES_ON, HALF_WAY, LAYOUTS, STEPS, as_it_was, recipe
 
 from moe_runtime import cli
@@ -108,10 +109,12 @@ def test_two_processes_evaluate_and_end_as_one(folder):
     """The last step of the epoch has fewer rows, and five rows to evaluate do not divide."""
     one, two = (json_object(folder / name / "training.json")["result"] for name in ("short-one", "short-two"))
     assert two["steps"] == one["steps"] == 6
-    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-6)
+    # float32 sums that a processor without bfloat16 rounds to it depend on how many rows are multiplied
+    rel = 2e-5 if BF16_IS_WIDENED else 1e-6
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=rel)
     losses = [[entry["lm_loss"] for entry in run["log"] if "lm_loss" in entry] for run in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-6)  # that of float32 differs by 3e-5
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=rel)  # that of float32 differs by 3e-5
 
 
 @pytest.fixture(params=[0, 1])
