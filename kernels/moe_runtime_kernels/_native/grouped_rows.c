@@ -25,7 +25,7 @@ enum {
     MOST_TILE_ROWS = 4,
     BLOCK_ROWS = 32,     // of x, widened at a time
     BLOCK_OUTPUTS = 32,  // in what a thread takes next
-    AHEAD = 256,         // values between what is read and what is fetched
+    AHEAD_BYTES = 512,   // between what is read and what is fetched
     ROWS_OFFSET = 64,    // bytes
 };
 
@@ -137,6 +137,11 @@ static inline floats sums_of(floats *vectors) {
     return merge_1(vectors[0], vectors[1]);
 }
 
+enum { AHEAD = AHEAD_BYTES / sizeof(value) };
+
+// Between rows that were widened: one vector more than they take, so that no two share a set of the cache.
+static inline ptrdiff_t wide_stride_of(ptrdiff_t inner) { return (inner + STEP - 1) / STEP * STEP + LANES; }
+
 #define UNROLL _Pragma("GCC unroll 8")
 #define ADD_PRODUCTS(LOAD)                                                                            \
     do {                                                                                              \
@@ -162,9 +167,11 @@ static inline floats sums_of(floats *vectors) {
         floats sum[ROWS][OUTPUTS] = {0};                                                              \
         UNROLL for (int r = 0; r < ROWS; r++)                                                         \
             UNROLL for (int o = 0; o < OUTPUTS; o++) sum[r][o][0] = bias ? widened(bias[o]) : 0;      \
-        ptrdiff_t i = 0;                                                                              \
-        for (; i + STEP <= inner; i += STEP)                                                          \
-            ADD_PRODUCTS((__builtin_prefetch(row + AHEAD), load(row)));                     \
+        ptrdiff_t i = 0, ahead = AHEAD;                                                               \
+        for (; i + STEP <= inner; i += STEP) {                                                        \
+            if (i + AHEAD >= inner) ahead = AHEAD + OUTPUTS * weight_stride - inner; /* the next rows */ \
+            ADD_PRODUCTS((__builtin_prefetch(row + ahead), load(row)));                               \
+        }                                                                                             \
         if (i < inner) ADD_PRODUCTS(load_last(row, inner - i));                                            \
         enum { PADDED = (ROWS * OUTPUTS + LANES - 1) / LANES * LANES };                               \
         floats sums[PADDED] = {0};                                                                    \
@@ -194,7 +201,7 @@ static tile *const tiles[2][MOST_TILE_ROWS] = {
 
 static void block(const float *x, ptrdiff_t rows, const value *weight, ptrdiff_t weight_stride,
                   const value *bias, ptrdiff_t outputs, value *out, ptrdiff_t out_stride, ptrdiff_t inner) {
-    ptrdiff_t x_stride = (inner + STEP - 1) / STEP * STEP;
+    ptrdiff_t x_stride = wide_stride_of(inner);
     for (ptrdiff_t o = 0; o < outputs;) {
         int is_wide = outputs - o >= TILE_OUTPUTS;
         for (ptrdiff_t r = 0; r < rows; r += MOST_TILE_ROWS) {
@@ -235,7 +242,7 @@ int moe_runtime_grouped_rows(const value *x, int64_t x_stride, const value *weig
                              int64_t out_stride, const struct part *parts, int64_t num_parts, int64_t outputs,
                              int64_t inner, int32_t threads) {
     int64_t blocks = (outputs + BLOCK_OUTPUTS - 1) / BLOCK_OUTPUTS;
-    ptrdiff_t wide_stride = (inner + STEP - 1) / STEP * STEP;
+    ptrdiff_t wide_stride = wide_stride_of(inner);
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
