@@ -24,8 +24,8 @@ OURS = "moe_runtime"
 LAUNCHES = 50  # per graph; what starting one costs the host is divided by them
 GRAPH_S = 2e-3  # of graphs of long calls, which need fewer launches
 ROUNDS = 30 if torch.cuda.is_available() else 12
-# of a case's timed rounds, where more than FEWEST_ROUNDS were asked for: a CPU has ten minutes for all suites
-# together, whatever its speed
+# of a case's timed rounds, where more than FEWEST_ROUNDS were asked for: all suites together shall take a CPU
+# ten minutes, one without instructions for bfloat16 too
 BUDGET_S = 4.0
 FEWEST_ROUNDS = 3
 STARTED = pytest.StashKey[float]()
