@@ -4,7 +4,7 @@ in transformers' Mixtral with `experts_implementation="grouped_mm"`.
 Both are made by the recipe `copy`, from one router seed, so that they have the same weights; both step with
 PyTorch's fused AdamW, with the precision of float32 products that the case names set for the whole process.
 Ours has what `moe-runtime train` gives: the loss from hidden states. The loss and the gradients of the first
-layer's experts in the first step that is timed must be transformers'.
+layer's experts must agree with transformers' in the first step after the one whose FLOPs are counted.
 
 Every step has other tokens, the same ones for both: a router sends experts other numbers of rows in every
 batch, and a library that compiles a product for each of them pays for it.
@@ -118,7 +118,7 @@ def bench_train_step(compare, tiny, set_precision, upcycled, dtype, precision):
         errors = {
             key: rms_error(value, exact) for value, (key, exact) in zip(out, expected.items(), strict=True)
         }
-        assert max(errors.values()) <= PRECISION[dtype], f"{name} is off by {errors}"
+        assert all(error <= PRECISION[dtype] for error in errors.values()), f"{name} is off by {errors}"
         return errors
 
     work = train_work(config, tokens)

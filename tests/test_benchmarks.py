@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -26,6 +27,7 @@ from benchmarks.conftest import (
     affordable,
     check_repeats,
     compared,
+    finite,
     of_products,
     result_path,
     time_products,
@@ -119,6 +121,13 @@ def test_every_round_runs_each_once_after_any_other():
     pairs = {first + second for first, second in pairwise(order)}
     assert pairs >= {first + second for first, second in permutations("abc", 2)}
     assert {name: timing.rounds for name, timing in timings.items()} == {"a": 12, "b": 12, "c": 12}
+
+
+def test_an_error_that_is_not_a_number_is_one():
+    assert finite("a", {"y": 0.1}) == {"y": 0.1}
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(AssertionError, match="a is off by"):
+            finite("a", {"y": 0.1, "dx": wrong})
 
 
 @pytest.mark.parametrize("warmup", [0, 2])

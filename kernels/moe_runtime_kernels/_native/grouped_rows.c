@@ -26,7 +26,8 @@ enum {
     BLOCK_ROWS = 32,     // of x, widened at a time
     BLOCK_OUTPUTS = 32,  // in what a thread takes next
     AHEAD_BYTES = 512,   // between what is read and what is fetched
-    ROWS_OFFSET = 64,    // bytes
+    LINE_BYTES = 64,
+    ROWS_OFFSET = LINE_BYTES,
 };
 
 #if !defined(__clang__) && __GNUC__ < 12
@@ -139,8 +140,10 @@ static inline floats sums_of(floats *vectors) {
 
 enum { AHEAD = AHEAD_BYTES / sizeof(value) };
 
-// Between rows that were widened: one vector more than they take, so that no two share a set of the cache.
-static inline ptrdiff_t wide_stride_of(ptrdiff_t inner) { return (inner + STEP - 1) / STEP * STEP + LANES; }
+// Between rows that were widened: one line of the cache more than they take, so that no two share a set of it.
+static inline ptrdiff_t wide_stride_of(ptrdiff_t inner) {
+    return (inner + STEP - 1) / STEP * STEP + LINE_BYTES / (ptrdiff_t)sizeof(float);
+}
 
 #define UNROLL _Pragma("GCC unroll 8")
 #define ADD_PRODUCTS(LOAD)                                                                            \
